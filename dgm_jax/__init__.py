@@ -1,0 +1,1 @@
+"""Continuous-time deep generative models in JAX, every one of them proved against closed form."""

@@ -1,0 +1,61 @@
+"""What every module asks of its arguments, asked at trace time and answered with a remedy."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dgm_jax.types import Array
+
+__all__ = ["concrete", "floating", "probes_for", "typed_key"]
+
+
+def concrete(value: Any) -> bool:
+    """Whether every leaf of ``value`` is known now, rather than a tracer inside a transformation."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+
+
+def floating(name: str, value: Any) -> Array:
+    """``value`` as an array of floats. Raises ``TypeError`` for integers, booleans and non-arrays."""
+    try:
+        array = jnp.asarray(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an array of floats, got {type(value).__name__}.") from error
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be an array of floats, got dtype {array.dtype}: "
+            f"convert it first, for instance {name}.astype(jnp.float32)."
+        )
+    return array
+
+
+def typed_key(key: Any) -> Array:
+    """``key``, if it is one typed key. Raises ``TypeError`` for old-style keys and ``ValueError`` for many."""
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        got = f"an array of {key.dtype}" if isinstance(key, jax.Array) else type(key).__name__
+        raise TypeError(
+            f"key must be a typed key, got {got}: make one with jax.random.key(seed), "
+            "or turn an old-style key into one with jax.random.wrap_key_data(key)."
+        )
+    if key.shape != ():
+        raise ValueError(
+            f"key must be a single key, got an array of keys of shape {key.shape}: use jax.vmap over the keys."
+        )
+    return key
+
+
+def probes_for(x: Array, probes: Array | None) -> Array:
+    """``probes``, if they fit ``x``: shape ``[num, *x.shape]`` and the dtype of ``x``."""
+    if probes is None:
+        raise ValueError(
+            "probes is None, but a stochastic divergence needs random vectors of shape "
+            "[num, *event]: pass probes.rademacher(key, x, num), or use divergence.exact."
+        )
+    if probes.ndim != x.ndim + 1 or probes.shape[1:] != x.shape or probes.shape[0] == 0:
+        raise ValueError(
+            f"probes has shape {probes.shape}, but x of shape {x.shape} needs probes of shape "
+            f"(num, {', '.join(map(str, x.shape))}): make them with probes.rademacher(key, x, num)."
+        )
+    if probes.dtype != x.dtype:
+        raise TypeError(f"probes has dtype {probes.dtype} and x has {x.dtype}: draw the probes from x itself.")
+    return probes

@@ -1,0 +1,389 @@
+"""How far samples are from samples, and how many bits a likelihood costs: each value with its standard error.
+
+The distances compare x [n, d] with y [m, d]. ``energy_distance`` and ``mmd`` are unbiased, so zero in the
+mean where the two distributions agree and negative about half of the time there; ``sliced_wasserstein`` is
+a distance and so positive even there, by about 1 / sqrt(n): compare it with the value between two halves
+of the data. Memory grows as n + m, not as n m.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dgm_jax import probes
+from dgm_jax._checks import concrete, floating, typed_key
+from dgm_jax.types import Array
+
+__all__ = [
+    "Dequantization",
+    "bits_per_dim",
+    "dequantize",
+    "energy_distance",
+    "mmd",
+    "quantize",
+    "sliced_wasserstein",
+    "uniform_dequantization",
+]
+
+_ROWS = 64  # rows of a distance matrix that are in memory at a time
+_DIRECTIONS = 16  # directions of projection that are in memory at a time
+
+
+class Dequantization(NamedTuple):
+    """How integers 0 .. levels - 1 became floats: the range [low, high] cut into ``levels`` equal bins.
+
+    A hyper-parameter: keep it in a closure, not among the arguments of a jitted function.
+
+    Attributes:
+        name: the kind of noise that fills a bin, for reports.
+        levels: how many integers there are: 256 for 8-bit images.
+        low: the float at the lower edge of bin 0.
+        high: the float at the upper edge of the last bin.
+    """
+
+    name: str
+    levels: int
+    low: float
+    high: float
+
+
+def uniform_dequantization(levels: int, low: float = -1.0, high: float = 1.0) -> Dequantization:
+    """Describe uniform dequantisation: x = low + (high - low) (k + u) / levels, u ~ U[0, 1).
+
+    Args:
+        levels: how many integers there are, at least 2: 256 for 8-bit images, 17 for scikit-learn's digits.
+        low: the float at the lower edge of bin 0.
+        high: the float at the upper edge of the last bin.
+
+    Returns:
+        The description, for ``dequantize``, ``quantize`` and ``bits_per_dim``.
+
+    Raises:
+        ValueError: fewer than 2 levels, or ``low`` not below ``high``.
+
+    Source: Theis et al. (2016), "A note on the evaluation of generative models", section 3.1.
+    """
+    if int(levels) != levels or levels < 2:
+        raise ValueError(f"levels must be an integer of at least 2, got {levels}: 256 for 8-bit images.")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"low must be below high and both finite, got low={low} and high={high}.")
+    return Dequantization("uniform", int(levels), float(low), float(high))
+
+
+def dequantize(key: Array, integers: Array, dequantization: Dequantization, *, dtype: Any = float) -> Array:
+    """Turn integers into floats, each drawn inside its own bin.
+
+    Args:
+        key: a typed key.
+        integers: 0 .. levels - 1, any shape and any integer dtype.
+        dequantization: from ``uniform_dequantization``.
+        dtype: of the result; by default float32, or float64 under ``jax_enable_x64``.
+
+    Returns:
+        Floats of the same shape. ``quantize`` gives back the integers, every one, rounding notwithstanding.
+
+    Raises:
+        TypeError: an old-style key, ``integers`` not of integers, or a dtype too coarse for the levels.
+        ValueError: an integer outside 0 .. levels - 1.
+
+    Source: Theis et al. (2016), "A note on the evaluation of generative models", section 3.1.
+    """
+    key, integers, dtype = typed_key(key), jnp.asarray(integers), jnp.zeros((), dtype).dtype
+    _name, levels, low, high = dequantization
+    if not jnp.issubdtype(integers.dtype, jnp.integer):
+        raise TypeError(
+            f"integers must be of an integer dtype, got {integers.dtype}: pass the levels 0 .. {levels - 1} themselves."
+        )
+    if not jnp.issubdtype(dtype, jnp.floating) or levels * float(jnp.finfo(dtype).eps) > 1 / 64:
+        raise TypeError(f"dtype {dtype} cannot hold numbers inside {levels} bins: pass dtype=jnp.float32.")
+    if concrete(integers) and integers.size:
+        least, most = int(jnp.min(integers)), int(jnp.max(integers))
+        if least < 0 or most >= levels:
+            raise ValueError(
+                f"integers go from {least} to {most}, but {levels} levels are 0 .. {levels - 1}: "
+                "pass the right levels to uniform_dequantization."
+            )
+    k = integers.astype(dtype)
+
+    def place(u: Array) -> Array:
+        return low + (high - low) * ((k + u) / levels)
+
+    x = place(jax.random.uniform(key, integers.shape, dtype))
+    # rounding carries about one draw in 100,000 over the edge of its bin: to the middle with it
+    inside = quantize(x, dequantization) == integers.astype(jnp.int32)
+    return jnp.where(inside, x, place(jnp.full_like(x, 0.5)))
+
+
+def quantize(x: Array, dequantization: Dequantization) -> Array:
+    """Find the bin of every float: floor(levels (x - low) / (high - low)), kept within 0 .. levels - 1.
+
+    Args:
+        x: floats of any shape: data, or samples of a model, which may lie outside [low, high].
+        dequantization: from ``uniform_dequantization``.
+
+    Returns:
+        int32 of the same shape. NaN has no bin and gives -1.
+
+    Raises:
+        TypeError: ``x`` not of floats.
+    """
+    x = floating("x", x)
+    _name, levels, low, high = dequantization
+    scaled = jnp.floor((x - low) / (high - low) * levels)
+    return jnp.where(jnp.isnan(x), -1, jnp.clip(scaled, 0, levels - 1)).astype(jnp.int32)
+
+
+def bits_per_dim(log_prob: Array, num_dims: int, dequantization: Dequantization) -> tuple[Array, Array]:
+    """Convert log-densities of dequantised data to bits per dimension.
+
+    -(1/D) log2 p(x) - log2 w,    w = (high - low) / levels the width of a bin, D the number of dimensions.
+
+    For uniform dequantisation its mean is an upper bound on what the discrete model
+    P(k) = integral of p over the bin of k costs. State ``dequantization.name`` beside the number.
+
+    Args:
+        log_prob: log p(x) in nats ``[num]``, one for each dequantised test example.
+        num_dims: D, the number of entries in one example.
+        dequantization: the one that made x.
+
+    Returns:
+        The mean in bits per dimension ``[]`` and its standard error over the examples ``[]``.
+
+    Raises:
+        TypeError: ``log_prob`` not of floats.
+        ValueError: ``log_prob`` not ``[num]`` with num at least 2, NaN or plus infinity in it, or ``num_dims`` below 1.
+
+    Source: Theis et al. (2016), "A note on the evaluation of generative models", section 3.1.
+    """
+    log_prob = floating("log_prob", log_prob)
+    if log_prob.ndim != 1 or log_prob.size < 2:
+        raise ValueError(f"log_prob must be [num] with num at least 2, one per example, got shape {log_prob.shape}.")
+    if num_dims < 1:
+        raise ValueError(f"num_dims must be at least 1, got {num_dims}: the number of entries in one example.")
+    if concrete(log_prob):
+        bad = int(jnp.sum(jnp.isnan(log_prob) | (log_prob == jnp.inf)))
+        if bad:
+            raise ValueError(
+                f"log_prob has {bad} of {log_prob.size} values NaN or plus infinity: look at why those solves failed; "
+                "leaving them out would bias the mean."
+            )
+    width = (dequantization.high - dequantization.low) / dequantization.levels
+    bits = -(log_prob / num_dims + math.log(width)) / math.log(2.0)
+    return jnp.mean(bits), jnp.std(bits, ddof=1) / math.sqrt(bits.size)
+
+
+def sliced_wasserstein(key: Array, x: Array, y: Array, *, num_projections: int = 256) -> tuple[Array, Array]:
+    """Estimate the sliced 2-Wasserstein distance between two sets of samples.
+
+    SW_2^2 = E_theta W_2^2(theta . x, theta . y), theta uniform on the unit sphere; in one dimension W_2 sorts.
+
+    The empirical distance is a little too large: by O(1 / n) in SW_2^2, that is by O(1 / sqrt(n)) in SW_2
+    where the two distributions agree.
+
+    Args:
+        key: a typed key, for the directions.
+        x: samples ``[n, d]``.
+        y: samples ``[m, d]``; m need not be n.
+        num_projections: directions, at least 2.
+
+    Returns:
+        SW_2 ``[]`` in units of x, and its standard error ``[]`` over samples and directions, from the
+        Kantorovich potentials by the delta method. It is asymptotically right where the distributions
+        differ; where they agree it has the right order only.
+
+    Raises:
+        TypeError: an old-style key, or samples not of floats or of two dtypes.
+        ValueError: samples not ``[n, d]`` with one d, fewer than 2, NaN or infinite; too few projections.
+
+    Source: Bonneel et al. (2015), "Sliced and Radon Wasserstein barycenters of measures", section 3;
+    del Barrio and Loubes (2019), "Central limit theorems for empirical transportation cost in general
+    dimension", theorem 4.1.
+    """
+    key = typed_key(key)
+    x, y = _samples(x, y, least=2)
+    if num_projections < 2:
+        raise ValueError(f"num_projections must be at least 2, for a standard error, got {num_projections}.")
+    n, m = x.shape[0], y.shape[0]
+    i, j, mass = _coupling(n, m)
+    w = jnp.asarray(mass, x.dtype)
+
+    def project(direction: Array) -> tuple[Array, Array, Array]:
+        a, b = (jnp.sum(z * direction[None, :], axis=1) for z in (x, y))
+        order_a, order_b = jnp.argsort(a), jnp.argsort(b)
+        a, b = a[order_a], b[order_b]
+        cost = jnp.sum(w * (a[i] - b[j]) ** 2)
+        to_b = jax.ops.segment_sum(n * w * b[j], i, n, indices_are_sorted=True)  # the mean of where a_i goes
+        to_a = jax.ops.segment_sum(m * w * a[i], j, m, indices_are_sorted=True)
+        phi = jnp.zeros_like(a).at[order_a].set(_potential(a, to_b))
+        psi = jnp.zeros_like(b).at[order_b].set(_potential(b, to_a))
+        return cost, phi, psi
+
+    directions = probes.sphere(key, x[0], num_projections) / math.sqrt(x.shape[1])
+    costs, phi, psi = jax.lax.map(project, directions, batch_size=min(_DIRECTIONS, num_projections))
+    squared = jnp.mean(costs)
+    variance = (
+        jnp.var(jnp.mean(phi, axis=0), ddof=1) / n
+        + jnp.var(jnp.mean(psi, axis=0), ddof=1) / m
+        + jnp.var(costs, ddof=1) / num_projections
+    )
+    value = _sqrt(squared)
+    return value, jnp.where(squared == 0, 0, jnp.sqrt(variance) / (2 * jnp.where(squared == 0, 1, value)))
+
+
+def energy_distance(x: Array, y: Array) -> tuple[Array, Array]:
+    """Estimate the squared energy distance between two sets of samples, without bias.
+
+    2 E|X - Y| - E|X - X'| - E|Y - Y'|.
+
+    Args:
+        x: samples ``[n, d]``.
+        y: samples ``[m, d]``; m need not be n.
+
+    Returns:
+        The estimate ``[]`` in units of x, negative by chance where the true value is near zero, and its
+        standard error ``[]``, right whether or not the distributions agree.
+
+    Raises:
+        TypeError: samples not of floats or of two dtypes.
+        ValueError: samples not ``[n, d]`` with one d, fewer than 4, NaN or infinite.
+
+    Source: Szekely and Rizzo (2013), "Energy statistics: a class of statistics based on distances", equation 2.
+    """
+    x, y = _samples(x, y, least=4)
+    return _two_sample(lambda squared: -_sqrt(squared), x, y)
+
+
+def mmd(x: Array, y: Array, bandwidth: float | Array) -> tuple[Array, Array]:
+    """Estimate the squared maximum mean discrepancy between two sets of samples, without bias.
+
+    E k(X, X') + E k(Y, Y') - 2 E k(X, Y),    k(x, y) = exp(-|x - y|^2 / (2 bandwidth^2)).
+
+    Args:
+        x: samples ``[n, d]``.
+        y: samples ``[m, d]``; m need not be n.
+        bandwidth: in units of x; the median distance between data points is a common choice.
+
+    Returns:
+        The estimate ``[]``, negative by chance where the true value is near zero, and its standard error
+        ``[]``, right whether or not the distributions agree.
+
+    Raises:
+        TypeError: samples not of floats or of two dtypes.
+        ValueError: samples not ``[n, d]`` with one d, fewer than 4, NaN or infinite; bandwidth not positive.
+
+    Source: Gretton et al. (2012), "A kernel two-sample test", equation 3; the variance with its second-order terms
+    as in Sutherland and Deka (2019), "Unbiased estimators for the variance of MMD estimators".
+    """
+    x, y = _samples(x, y, least=4)
+    if jnp.shape(bandwidth) != ():
+        raise ValueError(f"bandwidth must be a scalar, got shape {jnp.shape(bandwidth)}.")
+    if concrete(bandwidth) and not 0 < float(bandwidth) < math.inf:
+        raise ValueError(f"bandwidth must be positive, got {float(bandwidth)}: try the median distance between points.")
+    width = jnp.asarray(bandwidth, x.dtype)
+    return _two_sample(lambda squared: jnp.exp(-squared / (2 * width**2)), x, y)
+
+
+def _two_sample(kernel: Callable[[Array], Array], x: Array, y: Array) -> tuple[Array, Array]:
+    """The unbiased estimate of E k(X, X') + E k(Y, Y') - 2 E k(X, Y), k of |x - y|^2, and its standard error.
+
+    With g(z) = E k(z, X) - E k(z, Y), and k centred in both arguments below, the variance is
+
+        4 Var g(X) / n + 4 Var g(Y) / m                                              (first order)
+        + 2 E k_xx^2 / (n (n - 1)) + 2 E k_yy^2 / (m (m - 1)) + 4 E k_xy^2 / (n m)   (second order)
+
+    The first order alone is zero where the distributions agree. The empirical variance of g is too large by
+    noise in g: its contribution is the first order and twice the second.
+    """
+    n, m = float(x.shape[0]), float(y.shape[0])  # floats: n^2 overflows int32
+    # the estimate does not see a constant added to k, but rounding does
+    shift = jnp.mean(kernel(_squared_distances(x[0], y)))
+
+    def rows(a: Array, b: Array, *, same: bool) -> tuple[Array, Array]:
+        """For every row of the kernel matrix, its sum and its sum of squares, without the diagonal if ``same``."""
+        indices = jnp.arange(b.shape[0])
+
+        def row(point: Array, i: Array) -> tuple[Array, Array]:
+            k = kernel(_squared_distances(point, b)) - shift
+            k = jnp.where(indices == i, 0, k) if same else k
+            return jnp.sum(k), jnp.sum(k**2)
+
+        return jax.lax.map(lambda args: row(*args), (a, jnp.arange(a.shape[0])), batch_size=min(_ROWS, a.shape[0]))
+
+    (xx, xx2), (yy, yy2) = rows(x, x, same=True), rows(y, y, same=True)
+    (xy, xy2), (yx, _) = rows(x, y, same=False), rows(y, x, same=False)
+    value = jnp.sum(xx) / (n * (n - 1)) + jnp.sum(yy) / (m * (m - 1)) - 2 * jnp.sum(xy) / (n * m)
+
+    cross = jnp.sum(xy2) - jnp.sum(xy**2) / m - jnp.sum(yx**2) / n + jnp.sum(xy) ** 2 / (n * m)
+    second = (
+        2 * _centred_square(xx, xx2) / (n * (n - 1))
+        + 2 * _centred_square(yy, yy2) / (m * (m - 1))
+        + 4 * cross / ((n - 1) * (m - 1)) / (n * m)
+    )
+    empirical = 4 * jnp.var(xx / (n - 1) - xy / m, ddof=1) / n + 4 * jnp.var(yy / (m - 1) - yx / n, ddof=1) / m
+    variance = second + jnp.maximum(empirical - 2 * second, 0)
+    return value, jnp.sqrt(jnp.maximum(variance, 0))
+
+
+def _centred_square(sums: Array, squares: Array) -> Array:
+    """E k^2 for k centred in both arguments, without bias, from a symmetric matrix with empty diagonal.
+
+    Source: Szekely and Rizzo (2014), "Partial distance correlation with methods for dissimilarities", section 3.
+    """
+    n = float(sums.shape[0])
+    total = jnp.sum(sums)
+    rest = 2 * jnp.sum(sums**2) / (n - 2) - total**2 / ((n - 1) * (n - 2))
+    return (jnp.sum(squares) - rest) / (n * (n - 3))
+
+
+def _squared_distances(point: Array, points: Array) -> Array:
+    """|point - points_j|^2 ``[m]``, one coordinate after another: no [m, d] copy, and no cancellation."""
+    start = jnp.zeros(points.shape[0], points.dtype)
+    add = lambda total, pair: (total + (pair[0] - pair[1]) ** 2, None)  # noqa: E731
+    return jax.lax.scan(add, start, (point, points.T))[0]
+
+
+def _sqrt(squared: Array) -> Array:
+    """A square root with derivative 0 at 0; NaN stays NaN."""
+    zero = squared == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squared)))
+
+
+def _coupling(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The monotone coupling of n equal masses with m: which meets which, and the mass that they share."""
+    edges = np.union1d(np.arange(n) * m, np.arange(m) * n)  # in units of 1 / (n m), exact
+    mass = np.diff(edges, append=n * m) / (n * m)
+    return edges // m, edges // n, mass
+
+
+def _potential(a: Array, image: Array) -> Array:
+    """The Kantorovich potential at sorted points: phi' = 2 (a - image), by trapezoids."""
+    slope = a - image
+    steps = (slope[1:] + slope[:-1]) * (a[1:] - a[:-1])
+    return jnp.concatenate([jnp.zeros_like(a[:1]), jnp.cumsum(steps)])
+
+
+def _samples(x: Array, y: Array, *, least: int) -> tuple[Array, Array]:
+    x, y = floating("x", x), floating("y", y)
+    for name, z in (("x", x), ("y", y)):
+        if z.ndim != 2:
+            raise ValueError(
+                f"{name} must be samples [n, d], got shape {z.shape}: flatten each, {name}.reshape(len({name}), -1)."
+            )
+        if z.shape[0] < least:
+            raise ValueError(f"{name} has {z.shape[0]} samples, but a standard error needs at least {least}.")
+        if concrete(z):
+            bad = z.shape[0] - int(jnp.sum(jnp.all(jnp.isfinite(z), axis=1)))
+            if bad:
+                raise ValueError(
+                    f"{name} has NaN or infinity in {bad} of {z.shape[0]} samples: find out why; "
+                    "leaving them out would hide a failure."
+                )
+    if x.shape[1] != y.shape[1] or x.shape[1] == 0:
+        raise ValueError(f"x has shape {x.shape} and y {y.shape}: both must have the same d of at least 1.")
+    if x.dtype != y.dtype:
+        raise TypeError(f"x has dtype {x.dtype} and y {y.dtype}: convert one, for instance y.astype(x.dtype).")
+    return x, y

@@ -1,0 +1,63 @@
+"""The vocabulary: what every other module takes and returns.
+
+One calling convention, ``f(t, x, args)``, serves drifts, velocities, scores, noise predictions and
+log-densities alike. ``t`` is a scalar array ``[]``, ``x`` is *one* example of any event shape
+``[*event]`` (never a batch: ``jax.vmap`` at the edge), and ``args`` is any pytree of arrays, through
+which parameters and probes reach a solver.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+
+__all__ = ["SDE", "Args", "Array", "Divergence", "ScalarField", "Schedule", "VectorField"]
+
+Array: TypeAlias = jax.Array
+"""An array, or a tracer that stands for one."""
+
+Args: TypeAlias = Any
+"""Any pytree of arrays: parameters, conditioning, probes. ``None`` where a field needs nothing."""
+
+VectorField: TypeAlias = Callable[[Array, Array, Args], Array]
+"""``f(t [], x [*event], args) -> [*event]``: a drift, diffusion, velocity, score or noise prediction.
+
+A diffusion may also return a scalar ``[]``: the same coefficient for every coordinate.
+"""
+
+ScalarField: TypeAlias = Callable[[Array, Array, Args], Array]
+"""``u(t [], x [*event], args) -> []``: a log-density, an energy, a classifier's log p(y | x_t)."""
+
+Divergence: TypeAlias = Callable[[Callable[[Array], Array], Array, Array | None], tuple[Array, Array]]
+"""``(f, x [*event], probes [num, *event] | None) -> (f(x) [*event], div f(x) [])``."""
+
+
+class SDE(NamedTuple):
+    """A stochastic differential equation dx = f(x, t) dt + g(t) dw, w a Wiener process (Ito).
+
+    Attributes:
+        drift: f, ``(t [], x [*event], args) -> [*event]``.
+        diffusion: g, ``(t [], x [*event], args) -> [] or [*event]``: a scalar, or the diagonal of
+            a diagonal matrix. It multiplies dw; its square is the variance gained per unit of time.
+
+    Source: Song et al. (2021), "Score-Based Generative Modeling through Stochastic Differential
+    Equations", equation 5.
+    """
+
+    drift: VectorField
+    diffusion: VectorField
+
+
+class Schedule(NamedTuple):
+    """A Gaussian path x_t = alpha(t) x_0 + sigma(t) eps, eps ~ N(0, I), data at t = 0, noise at t = 1.
+
+    Two functions of time say everything; drift, diffusion and rates follow by differentiation.
+
+    Attributes:
+        log_alpha: log alpha(t), ``[] -> []``; minus infinity where the data is gone.
+        variance: sigma(t)^2, ``[] -> []``. Not sigma: its derivative is infinite at t = 0 on the
+            common paths, while that of sigma^2 is finite.
+    """
+
+    log_alpha: Callable[[Array], Array]
+    variance: Callable[[Array], Array]

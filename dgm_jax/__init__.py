@@ -1,1 +1,58 @@
-"""Continuous-time deep generative models in JAX, every one of them proved against closed form."""
+"""Continuous-time deep generative models in JAX, every one of them proved against closed form.
+
+The modules are attributes of the package and are imported when they are first used, so that
+``import dgm_jax`` costs little more than importing JAX.
+"""
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dgm_jax import (
+        datasets,
+        densities,
+        divergence,
+        flows,
+        metrics,
+        networks,
+        parameterizations,
+        probes,
+        runs,
+        schedules,
+        score_matching,
+        sdes,
+        solvers,
+        training,
+        types,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "datasets",
+    "densities",
+    "divergence",
+    "flows",
+    "metrics",
+    "networks",
+    "parameterizations",
+    "probes",
+    "runs",
+    "schedules",
+    "score_matching",
+    "sdes",
+    "solvers",
+    "training",
+    "types",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in __all__:
+        return importlib.import_module(f"dgm_jax.{name}")
+    raise AttributeError(f"module 'dgm_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from dgm_jax.types import Array
 
-__all__ = ["concrete", "floating", "probes_for", "typed_key"]
+__all__ = ["concrete", "floating", "one_time", "probes_for", "typed_key"]
 
 
 def concrete(value: Any) -> bool:
@@ -27,6 +27,14 @@ def floating(name: str, value: Any) -> Array:
             f"convert it first, for instance {name}.astype(jnp.float32)."
         )
     return array
+
+
+def one_time(t: Any, dtype: Any) -> Array:
+    """``t`` in ``dtype``, if it is one time. Raises ``ValueError`` for an array of times."""
+    t = jnp.asarray(t)
+    if t.shape != ():
+        raise ValueError(f"t must be one time of shape (), got shape {t.shape}: use jax.vmap over times.")
+    return t.astype(dtype)
 
 
 def typed_key(key: Any) -> Array:

@@ -509,6 +509,8 @@ def _idx_images(paths: dict[str, Path], shape: tuple[int, int, int]) -> Images:
     arrays = {part: _read_idx(path, ndim=1 if part.endswith("labels") else 3) for part, path in paths.items()}
     for part in ("train", "test"):
         x, y = arrays[part], arrays[f"{part}_labels"]
+        if len(x) == 0:
+            raise ValueError(f"{paths[part]} holds no images.")
         if x.shape[1:] != shape[:2]:
             raise ValueError(f"{paths[part]} holds images of {x.shape[1]} x {x.shape[2]}, expected 28 x 28.")
         _check_labels(paths[f"{part}_labels"], y, len(x))
@@ -523,7 +525,7 @@ def _idx_images(paths: dict[str, Path], shape: tuple[int, int, int]) -> Images:
 
 def _check_labels(path: Path, labels: np.ndarray, num: int) -> None:
     if num == 0:
-        raise ValueError(f"{path} belongs to no image at all: the file of images is empty.")
+        raise ValueError(f"{path} holds no images.")
     if len(labels) != num:
         raise ValueError(f"{path} holds {len(labels)} labels for {num} images: the two do not belong together.")
     if labels.min() < 0 or labels.max() > 9:
@@ -563,12 +565,12 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
 def _npz_images(path: Path, shape: tuple[int, int, int]) -> Images:
     names = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [name for name in names if name not in archive]
             if missing:
                 raise ValueError(f"{', '.join(missing)} missing; it holds {', '.join(archive) or 'nothing'}")
             x_train, y_train, x_test, y_test = (archive[name] for name in names)
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{path} cannot be read as an .npz file with the plain arrays {', '.join(names)}: {error}"
         ) from error
@@ -697,7 +699,8 @@ def load_table(path: str | Path, *, drop: Sequence[int | str] = ()) -> np.ndarra
     suffix = path.suffix.lower()
     if suffix == ".npy":
         try:
-            table = np.load(path, allow_pickle=False)
+            with path.open("rb") as file:
+                table = np.load(file, allow_pickle=False)
         except (OSError, EOFError, ValueError) as error:
             raise ValueError(
                 f"{path} cannot be read as a plain .npy array ({error}): truncated, or an array of objects. "

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgm_jax import schedules
-from dgm_jax._checks import concrete, floating, typed_key
+from dgm_jax._checks import concrete, floating, one_time, typed_key
 from dgm_jax.types import Args, Array, ScalarField, Schedule, VectorField
 
 __all__ = [
@@ -158,14 +158,6 @@ def _example(density: Mixture | _Spectrum, x: Array) -> Array:
             "for instance jax.tree.map(lambda a: a.astype(x.dtype), density)."
         )
     return x
-
-
-def _time(t: Array, dtype: jnp.dtype) -> Array:
-    """``t`` as one time in ``dtype``."""
-    t = jnp.asarray(t)
-    if t.shape != ():
-        raise ValueError(f"t must be one time of shape (), got shape {t.shape}: use jax.vmap over times.")
-    return t.astype(dtype)
 
 
 def _positive(name: str, num: SupportsIndex) -> int:
@@ -359,7 +351,7 @@ def diffuse(density: Mixture, schedule: Schedule, t: Array) -> Mixture:
     Source: Song et al. (2021), equation 29, for Gaussian data.
     """
     density = _check(density)
-    t = _time(t, density.means.dtype)
+    t = one_time(t, density.means.dtype)
     scale = schedules.alpha(schedule, t)
     eye = jnp.eye(density.means.shape[1], dtype=density.means.dtype)
     return Mixture(
@@ -479,7 +471,7 @@ def log_density(density: Mixture, schedule: Schedule) -> ScalarField:
 
     def field(t: Array, x: Array, args: Args = None) -> Array:
         x = _example(spectrum, x)
-        t = _time(t, x.dtype)
+        t = one_time(t, x.dtype)
         parts = _components(spectrum, schedules.alpha(schedule, t), schedule.variance(t), x)
         return jax.scipy.special.logsumexp(parts.log_joint)
 
@@ -508,7 +500,7 @@ def score(density: Mixture, schedule: Schedule) -> VectorField:
 
     def field(t: Array, x: Array, args: Args = None) -> Array:
         x = _example(spectrum, x)
-        t = _time(t, x.dtype)
+        t = one_time(t, x.dtype)
         parts = _components(spectrum, schedules.alpha(schedule, t), schedule.variance(t), x)
         return _average(spectrum, parts, None, -1.0 / parts.values)
 
@@ -537,7 +529,7 @@ def denoiser(density: Mixture, schedule: Schedule) -> VectorField:
 
     def field(t: Array, x: Array, args: Args = None) -> Array:
         x = _example(spectrum, x)
-        t = _time(t, x.dtype)
+        t = one_time(t, x.dtype)
         scale = schedules.alpha(schedule, t)
         parts = _components(spectrum, scale, schedule.variance(t), x)
         return _average(spectrum, parts, spectrum.means, scale * spectrum.values / parts.values)
@@ -567,7 +559,7 @@ def noise(density: Mixture, schedule: Schedule) -> VectorField:
 
     def field(t: Array, x: Array, args: Args = None) -> Array:
         x = _example(spectrum, x)
-        t = _time(t, x.dtype)
+        t = one_time(t, x.dtype)
         parts = _components(spectrum, schedules.alpha(schedule, t), schedule.variance(t), x)
         return _average(spectrum, parts, None, schedules.sigma(schedule, t) / parts.values)
 
@@ -597,7 +589,7 @@ def velocity(density: Mixture, schedule: Schedule) -> VectorField:
 
     def field(t: Array, x: Array, args: Args = None) -> Array:
         x = _example(spectrum, x)
-        t = _time(t, x.dtype)
+        t = one_time(t, x.dtype)
         scale, scale_dot, variance, half_variance_dot = schedules.derivatives(schedule, t)
         parts = _components(spectrum, scale, variance, x)
         gains = (scale * scale_dot * spectrum.values + half_variance_dot) / parts.values
@@ -632,7 +624,7 @@ def class_log_probs(density: Mixture, schedule: Schedule, labels: Sequence[int] 
 
     def field(t: Array, x: Array, args: Args = None) -> Array:
         x = _example(spectrum, x)
-        t = _time(t, x.dtype)
+        t = one_time(t, x.dtype)
         parts = _components(spectrum, schedules.alpha(schedule, t), schedule.variance(t), x)
         joint = jnp.where(jnp.asarray(member), parts.log_joint[None], -jnp.inf)
         return jax.nn.log_softmax(jax.scipy.special.logsumexp(joint, axis=1))

@@ -48,8 +48,8 @@ class Likelihood(NamedTuple):
     Attributes:
         log_prob: log p(x) in nats ``[]``; NaN where the solve failed.
         stderr: standard error of ``log_prob`` over the probes, in nats ``[]``; zero for the exact divergence.
-        solver_error: the change of ``log_prob``, in nats, when the tolerances are ten times as large ``[]``: an
-            upper estimate of what the solver's error leaves in it.
+        solver_error: what the solver's error may leave in ``log_prob``, in nats ``[]``: its change when the
+            tolerances are ten times as large, and never less than the tolerance of one step.
         error: sqrt(stderr^2 + solver_error^2) ``[]``: one sigma of the reported interval.
         nfe: evaluations of the velocity, each with its divergence, in the reported solve ``[]``.
         status: of the solve, ``solvers.OK`` if it reached the end ``[]``.
@@ -266,7 +266,8 @@ def likelihood(
 
     Each probe e_k is carried through the solve by itself, as L_k = integral of e_k^T (dv/dx) e_k dt. The value
     is log p_base(z) + mean of L_k, its standard error that of the mean, sd(L_k) / sqrt(num). A second solve at
-    ten times the tolerances, or twice the equal steps, shows what the solver's error is.
+    ten times the tolerances, or twice the equal steps, shows what the solver's error is; since both solves may
+    take the same steps, the tolerance of one step, atol + rtol |log p|, is its floor.
 
     Args:
         velocity: v, ``(t [], x [*event], args) -> [*event]``.
@@ -314,8 +315,10 @@ def likelihood(
         return _base(log_base, z) + jnp.mean(integral), integral, solution
 
     value, integral, solution = solve(rtol=rtol, atol=atol, stepsize_controller=stepsize_controller, dt0=dt0)
-    loose, _, _ = solve(**solvers.loosen(stepsize_controller, rtol, atol, dt0, 10.0))
-    solver_error = jnp.abs(value - loose)
+    looser = solvers.loosen(stepsize_controller, rtol, atol, dt0, 10.0)
+    loose, _, _ = solve(**looser)
+    floor = 0.1 * (looser["atol"] + looser["rtol"] * jnp.abs(value))
+    solver_error = jnp.maximum(jnp.abs(value - loose), jnp.asarray(floor, x.dtype))
     if probes is None:
         stderr = jnp.zeros_like(value)
     else:

@@ -2,8 +2,9 @@
 
 The distances compare x [n, d] with y [m, d]. ``energy_distance`` and ``mmd`` are unbiased, so zero in the
 mean where the two distributions agree and negative about half of the time there; ``sliced_wasserstein`` is
-a distance and so positive even there, by about 1 / sqrt(n): compare it with the value between two halves
-of the data. Memory grows as n + m, not as n m.
+a distance and so positive even there, by about 1 / sqrt(n). A standard error says how far off a distance
+may be; near zero no distance is normally distributed, so ask ``permutation_test`` whether two sets of
+samples come from one distribution. Memory grows as n + m, not as n m.
 """
 
 import math
@@ -24,6 +25,7 @@ __all__ = [
     "dequantize",
     "energy_distance",
     "mmd",
+    "permutation_test",
     "quantize",
     "sliced_wasserstein",
     "uniform_dequantization",
@@ -212,7 +214,7 @@ def sliced_wasserstein(key: Array, x: Array, y: Array, *, num_projections: int =
     w = jnp.asarray(mass, x.dtype)
 
     def project(direction: Array) -> tuple[Array, Array, Array]:
-        a, b = (jnp.sum(z * direction[None, :], axis=1) for z in (x, y))
+        a, b = (jnp.einsum("nd,d->n", z, direction, precision=jax.lax.Precision.HIGHEST) for z in (x, y))
         order_a, order_b = jnp.argsort(a), jnp.argsort(b)
         a, b = a[order_a], b[order_b]
         cost = jnp.sum(w * (a[i] - b[j]) ** 2)
@@ -245,7 +247,8 @@ def energy_distance(x: Array, y: Array) -> tuple[Array, Array]:
 
     Returns:
         The estimate ``[]`` in units of x, negative by chance where the true value is near zero, and its
-        standard error ``[]``, right whether or not the distributions agree.
+        standard error ``[]``, with the terms of second order that are all there is where the distributions
+        agree; there it is on average a quarter too large.
 
     Raises:
         TypeError: samples not of floats or of two dtypes.
@@ -269,7 +272,8 @@ def mmd(x: Array, y: Array, bandwidth: float | Array) -> tuple[Array, Array]:
 
     Returns:
         The estimate ``[]``, negative by chance where the true value is near zero, and its standard error
-        ``[]``, right whether or not the distributions agree.
+        ``[]``, with the terms of second order that are all there is where the distributions agree; there
+        it is on average a quarter too large.
 
     Raises:
         TypeError: samples not of floats or of two dtypes.
@@ -287,6 +291,56 @@ def mmd(x: Array, y: Array, bandwidth: float | Array) -> tuple[Array, Array]:
     return _two_sample(lambda squared: jnp.exp(-squared / (2 * width**2)), x, y)
 
 
+def permutation_test(
+    key: Array,
+    distance: Callable[[Array, Array], tuple[Array, Array]],
+    x: Array,
+    y: Array,
+    *,
+    num_permutations: int = 199,
+) -> Array:
+    """Test whether two sets of samples come from one distribution, by dealing them out anew.
+
+    p = (1 + #{b : D(x_b, y_b) >= D(x, y)}) / (1 + num_permutations).
+
+    Where they do, P(p <= a) <= a for any distance and any number of samples.
+
+    Args:
+        key: a typed key, for the permutations.
+        distance: ``(x, y) -> (value, stderr)``, such as ``energy_distance``; its stderr is not used. One
+            that needs a key takes the same one every time: ``lambda x, y: sliced_wasserstein(key, x, y)``.
+        x: samples ``[n, d]``, independent of each other.
+        y: samples ``[m, d]``, independent of each other and of x.
+        num_permutations: at least 19, for p-values down to 1 / (1 + num_permutations).
+
+    Returns:
+        The p-value ``[]``.
+
+    Raises:
+        TypeError: an old-style key, or samples not of floats or of two dtypes.
+        ValueError: samples not ``[n, d]`` with one d, fewer than 2, NaN or infinite; too few permutations.
+
+    Source: Gretton et al. (2012), "A kernel two-sample test", section 5; Phipson and Smyth (2010),
+    "Permutation p-values should never be zero", equation 2.
+    """
+    key = typed_key(key)
+    x, y = _samples(x, y, least=2)
+    if num_permutations < 19:
+        raise ValueError(f"num_permutations must be at least 19, for p = 0.05, got {num_permutations}.")
+    n, pooled = x.shape[0], jnp.concatenate([x, y])
+    observed = distance(x, y)[0]
+    # a permutation that only swaps equals within rounding is a tie, and a tie counts
+    threshold = observed - 64 * float(jnp.finfo(x.dtype).eps) * jnp.abs(observed)
+
+    def exceeds(one: Array) -> Array:
+        z = jax.random.permutation(one, pooled)
+        return distance(z[:n], z[n:])[0] >= threshold
+
+    count = jnp.sum(jax.lax.map(exceeds, jax.random.split(key, num_permutations)).astype(x.dtype))
+    p = (1 + count) / (1 + num_permutations)
+    return jnp.where(jnp.isnan(observed), jnp.nan, p)
+
+
 def _two_sample(kernel: Callable[[Array], Array], x: Array, y: Array) -> tuple[Array, Array]:
     """The unbiased estimate of E k(X, X') + E k(Y, Y') - 2 E k(X, Y), k of |x - y|^2, and its standard error.
 
@@ -298,23 +352,24 @@ def _two_sample(kernel: Callable[[Array], Array], x: Array, y: Array) -> tuple[A
     The first order alone is zero where the distributions agree. The empirical variance of g is too large by
     noise in g: its contribution is the first order and twice the second.
     """
-    n, m = float(x.shape[0]), float(y.shape[0])  # floats: n^2 overflows int32
+    z, num_x, total = jnp.concatenate([x, y]), x.shape[0], x.shape[0] + y.shape[0]
     # the estimate does not see a constant added to k, but rounding does
     shift = jnp.mean(kernel(_squared_distances(x[0], y)))
 
-    def rows(a: Array, b: Array, *, same: bool) -> tuple[Array, Array]:
-        """For every row of the kernel matrix, its sum and its sum of squares, without the diagonal if ``same``."""
-        indices = jnp.arange(b.shape[0])
+    def row(point: Array, i: Array) -> tuple[Array, ...]:
+        """Sums and sums of squares of k(z_i, .) over x and over y, without z_i itself."""
+        k = jnp.where(jnp.arange(total) == i, 0, kernel(_squared_distances(point, z)) - shift)
+        return jnp.sum(k[:num_x]), jnp.sum(k[num_x:]), jnp.sum(k[:num_x] ** 2), jnp.sum(k[num_x:] ** 2)
 
-        def row(point: Array, i: Array) -> tuple[Array, Array]:
-            k = kernel(_squared_distances(point, b)) - shift
-            k = jnp.where(indices == i, 0, k) if same else k
-            return jnp.sum(k), jnp.sum(k**2)
+    size = min(_ROWS, total)
+    chunks = -(-total // size)
+    index = jnp.minimum(jnp.arange(chunks * size), total - 1).reshape(chunks, size)
+    sums = jax.lax.map(lambda i: jax.vmap(row)(z[i], i), index)
+    to_x, to_y, to_x2, to_y2 = (part.reshape(-1)[:total] for part in sums)
+    xx, xy, yx, yy = to_x[:num_x], to_y[:num_x], to_x[num_x:], to_y[num_x:]
+    xx2, xy2, yy2 = to_x2[:num_x], to_y2[:num_x], to_y2[num_x:]
 
-        return jax.lax.map(lambda args: row(*args), (a, jnp.arange(a.shape[0])), batch_size=min(_ROWS, a.shape[0]))
-
-    (xx, xx2), (yy, yy2) = rows(x, x, same=True), rows(y, y, same=True)
-    (xy, xy2), (yx, _) = rows(x, y, same=False), rows(y, x, same=False)
+    n, m = float(num_x), float(total - num_x)  # floats: n^2 overflows int32
     value = jnp.sum(xx) / (n * (n - 1)) + jnp.sum(yy) / (m * (m - 1)) - 2 * jnp.sum(xy) / (n * m)
 
     cross = jnp.sum(xy2) - jnp.sum(xy**2) / m - jnp.sum(yx**2) / n + jnp.sum(xy) ** 2 / (n * m)

@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +54,7 @@ def vector_field(net: nn.Module, *, precision: str | None = None) -> VectorField
 
     def field(t: Array, x: Array, args: Any) -> Array:
         with jax.default_matmul_precision(precision) if precision else nullcontext():
-            out: Array = net.apply(args, t, x)
-        return out
+            return cast(Array, net.apply(args, t, x))
 
     return field
 

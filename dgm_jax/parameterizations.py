@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple, get_args
 import jax.numpy as jnp
 
 from dgm_jax import schedules
-from dgm_jax._checks import floating
+from dgm_jax._checks import floating, one_time
 from dgm_jax.types import Args, Array, Schedule, VectorField
 
 __all__ = ["Kind", "convert"]
@@ -137,16 +137,14 @@ def convert(field: VectorField, schedule: Schedule, *, source: Kind, target: Kin
 
     def converted(t: Array, x: Array, args: Args = None) -> Array:
         x = floating("x", x)
-        t = jnp.asarray(t)
-        if t.shape != ():
-            raise ValueError(f"t must be one time of shape (), got shape {t.shape}: use jax.vmap over examples.")
+        time = one_time(t, x.dtype)
         prediction = field(t, x, args)
         if prediction.shape != x.shape:
             raise ValueError(
                 f"field must return the shape of x, {x.shape}, got {prediction.shape}: "
                 "it takes one example; use jax.vmap over a batch."
             )
-        at, limit = _path(schedule, t.astype(x.dtype))
+        at, limit = _path(schedule, time)
         return formula(limit if takes_limit else at, x, prediction)
 
     return converted

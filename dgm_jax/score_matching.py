@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from dgm_jax._checks import floating
+from dgm_jax._checks import floating, one_time
 from dgm_jax.types import Args, Array, Schedule, VectorField
 
 __all__ = ["denoising", "explicit"]
@@ -32,13 +32,13 @@ def explicit(score: VectorField, target: VectorField, t: Array, x: Array, args: 
         The loss ``[]``. Its mean over x ~ p is half the Fisher divergence.
 
     Raises:
-        TypeError: ``x`` or ``t`` not of floats, or of two dtypes.
+        TypeError: ``x`` not of floats, or a score of another dtype than ``x``.
         ValueError: ``t`` not a scalar, or a score of another shape than ``x``.
 
     Source: Hyvarinen (2005), "Estimation of non-normalized statistical models by score matching", equation 2.
     """
     x = floating("x", x)
-    t = _time(t, x)
+    t = one_time(t, x.dtype)
     s, s_true = _evaluate("score", score, t, x, args), _evaluate("target", target, t, x, args)
     return 0.5 * jnp.sum((s - s_true) ** 2)
 
@@ -72,14 +72,14 @@ def denoising(
         The loss ``[]``.
 
     Raises:
-        TypeError: ``x0``, ``noise`` or ``t`` not of floats, or of different dtypes.
+        TypeError: ``x0`` or ``noise`` not of floats, or ``noise`` or the score of another dtype than ``x0``.
         ValueError: ``noise`` or the score of another shape than ``x0``, or ``t`` not a scalar.
 
     Source: Vincent (2011), "A connection between score matching and denoising autoencoders", equation 9;
     Song et al. (2021), "Score-Based Generative Modeling through Stochastic Differential Equations", equation 7.
     """
     x0, noise = floating("x0", x0), floating("noise", noise)
-    t = _time(t, x0)
+    t = one_time(t, x0.dtype)
     if noise.shape != x0.shape:
         raise ValueError(
             f"noise has shape {noise.shape} and x0 {x0.shape}: they must agree, "
@@ -106,12 +106,3 @@ def _evaluate(name: str, field: VectorField, t: Array, x: Array, args: Args) -> 
     if value.dtype != x.dtype:
         raise TypeError(f"{name} returned dtype {value.dtype} for x of {x.dtype}: cast its parameters or its result.")
     return value
-
-
-def _time(t: Array, x: Array) -> Array:
-    t = jnp.asarray(t, x.dtype) if isinstance(t, float) else floating("t", t)
-    if t.shape != ():
-        raise ValueError(f"t must be a scalar [], got shape {t.shape}: one time an example; use jax.vmap over a batch.")
-    if t.dtype != x.dtype:
-        raise TypeError(f"t has dtype {t.dtype} and the example {x.dtype}: pass t.astype({x.dtype}).")
-    return t

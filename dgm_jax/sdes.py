@@ -1,10 +1,10 @@
 """Stochastic differential equations dx = f dt + g dw, and what is made from them by way of the score.
 
-Data stands at t = 0 and noise at t = 1. Every diffusion here is a scalar or the diagonal of a diagonal matrix, and does
-not depend on x.
+Data stands at t = 0 and noise at t = 1. Every diffusion here is a scalar or the diagonal of a diagonal matrix, and
+does not depend on x.
 
-Source: Song et al. (2021), "Score-Based Generative Modeling through Stochastic Differential Equations"; Anderson (1982),
-"Reverse-Time Diffusion Equation Models".
+Source: Song et al. (2021), "Score-Based Generative Modeling through Stochastic Differential Equations";
+Anderson (1982), "Reverse-Time Diffusion Equation Models".
 """
 
 import math
@@ -12,19 +12,18 @@ import math
 import jax.numpy as jnp
 
 from dgm_jax import schedules
-from dgm_jax._checks import concrete, floating
+from dgm_jax._checks import concrete, floating, one_time
 from dgm_jax.types import SDE, Args, Array, Schedule, VectorField
 
 __all__ = ["diffusion_process", "langevin", "ornstein_uhlenbeck", "probability_flow", "reverse"]
+
+_SQRT_2 = math.sqrt(2.0)
 
 
 def _at(t: Array, x: Array) -> tuple[Array, Array]:
     """One time in the dtype of x, and x."""
     x = floating("x", x)
-    t = jnp.asarray(t)
-    if t.shape != ():
-        raise ValueError(f"t must be one time of shape (), got shape {t.shape}: use jax.vmap over examples.")
-    return t.astype(x.dtype), x
+    return one_time(t, x.dtype), x
 
 
 def _of_shape(name: str, value: Array, x: Array) -> Array:
@@ -77,9 +76,7 @@ def diffusion_process(schedule: Schedule) -> SDE:
     return SDE(drift, diffusion)
 
 
-def ornstein_uhlenbeck(
-    rate: float | Array = 1.0, mean: float | Array = 0.0, noise: float | Array = math.sqrt(2.0)
-) -> SDE:
+def ornstein_uhlenbeck(rate: float | Array = 1.0, mean: float | Array = 0.0, noise: float | Array = _SQRT_2) -> SDE:
     """Noise and a pull towards a mean.
 
     dx = rate (mean - x) dt + noise dw

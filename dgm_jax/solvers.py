@@ -13,7 +13,7 @@ nothing else.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import diffrax
 import jax
@@ -186,7 +186,7 @@ def solve_ode(
         raise ValueError("adjoint is ImplicitAdjoint, which is for steady states: pass DirectAdjoint() instead.")
     _check_field(field, t0, x0, args)
     solution = _diffeqsolve(
-        diffrax.ODETerm(field),
+        diffrax.ODETerm(cast(Any, field)),
         x0,
         args,
         t0=t0,
@@ -194,7 +194,7 @@ def solve_ode(
         ts=ts,
         solver=diffrax.Tsit5() if solver is None else solver,
         stepsize_controller=_adaptive(rtol, atol, t0, t1) if stepsize_controller is None else stepsize_controller,
-        dt0=_first_step(dt0, t0, t1),
+        dt0=_first_step(dt0, t0, t1, stepsize_controller),
         adjoint=diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
         max_steps=max_steps,
     )
@@ -302,32 +302,38 @@ def solve_sde(
     _check_field(sde.drift, t0, x0, args)
     solver = diffrax.Euler() if solver is None else solver
     shape = jax.ShapeDtypeStruct(x0.shape, x0.dtype)
-    step = jnp.abs(t1 - t0) / num_steps
+    # Diffrax is given elapsed time, for some of its SDE solvers (ShARK in 0.7.2) err when time runs backwards.
+    direction = jnp.sign(t1 - t0)
+    duration = jnp.abs(t1 - t0)
+    step = duration / num_steps
+    start = jnp.zeros_like(t0)
     levy_area = _levy_area(solver)
     if stepsize_controller is None and adjoint is None:
         noise: Any = diffrax.UnsafeBrownianPath(shape, key, levy_area)
     else:
-        noise = diffrax.VirtualBrownianTree(
-            jnp.minimum(t0, t1), jnp.maximum(t0, t1), 0.01 * step, shape, key, levy_area
-        )
+        noise = diffrax.VirtualBrownianTree(start, duration, 0.01 * step, shape, key, levy_area)
 
-    def diffusion(t: Array, x: Array, args: Args) -> lineax.AbstractLinearOperator:
-        return lineax.DiagonalLinearOperator(_diagonal(sde.diffusion(t, x, args), x))
+    def drift(elapsed: Array, x: Array, args: Args) -> Array:
+        return direction * sde.drift(t0 + direction * elapsed, x, args)
 
-    equal = stepsize_controller is None
+    def diffusion(elapsed: Array, x: Array, args: Args) -> lineax.AbstractLinearOperator:
+        return lineax.DiagonalLinearOperator(_diagonal(sde.diffusion(t0 + direction * elapsed, x, args), x))
+
+    default_max_steps = num_steps + 1 if stepsize_controller is None else 4096  # + 1: rounding may leave a sliver
     solution = _diffeqsolve(
-        diffrax.MultiTerm(diffrax.ODETerm(sde.drift), diffrax.ControlTerm(diffusion, noise)),
+        diffrax.MultiTerm(diffrax.ODETerm(cast(Any, drift)), diffrax.ControlTerm(cast(Any, diffusion), noise)),
         x0,
         args,
-        t0=t0,
-        t1=t1,
-        ts=ts,
+        t0=start,
+        t1=duration,
+        ts=None if ts is None else jnp.abs(jnp.asarray(ts, t0.dtype) - t0),
         solver=solver,
-        stepsize_controller=diffrax.ConstantStepSize() if equal else stepsize_controller,
-        dt0=jnp.sign(t1 - t0) * step,
+        stepsize_controller=diffrax.ConstantStepSize() if stepsize_controller is None else stepsize_controller,
+        dt0=step,
         adjoint=diffrax.DirectAdjoint() if adjoint is None else adjoint,
-        max_steps=max_steps or (num_steps + 1 if equal else 4096),  # + 1: rounding may leave a last sliver
+        max_steps=max_steps or default_max_steps,
     )
+    solution = solution._replace(t=t0 + direction * solution.t, ts=ts)
     if throw:
         raise_if_failed(solution, sde.drift, args, t0=t0)
     return solution
@@ -385,13 +391,13 @@ def euler_maruyama(
     def step(x: Array, now: tuple[Array, Array]) -> tuple[Array, Array | None]:
         n, t = now
         eps = jax.random.normal(jax.random.fold_in(key, n), x.shape, x.dtype)
-        x = x + sde.drift(t, x, args) * dt + sde.diffusion(t, x, args) * (root * eps)
+        x = x + sde.drift(t, x, args) * dt + _diagonal(sde.diffusion(t, x, args), x) * (root * eps)
         return x, x if path else None
 
     with jax.default_matmul_precision("highest"):
         x1, xs = jax.lax.scan(step, x0, (index, times))
     if path:
-        return jnp.append(times, t1), jnp.concatenate([x0[None], xs])
+        return jnp.append(times, t1), jnp.concatenate([x0[None], cast(Array, xs)])
     return x1
 
 
@@ -402,12 +408,13 @@ def loosen(
     dt0: float | Array | None,
     factor: float,
 ) -> dict[str, Any]:
-    """The step options of a solve whose local error is ``factor`` times as large: for error estimates.
+    """The step options of a solve whose error is several times as large: for error estimates.
 
     Tolerances are multiplied by ``factor``; equal steps are doubled.
 
     Returns:
-        Keyword arguments ``stepsize_controller``, ``rtol``, ``atol`` and ``dt0`` of ``solve_ode``.
+        Keyword arguments ``stepsize_controller``, ``rtol``, ``atol`` and ``dt0`` of ``solve_ode``. The
+        tolerances are those in force, and zero for equal steps.
 
     Raises:
         ValueError: for a controller that has neither tolerances nor equal steps.
@@ -415,10 +422,10 @@ def loosen(
     if isinstance(stepsize_controller, diffrax.ConstantStepSize):
         if dt0 is None:
             raise ValueError("dt0 is None: ConstantStepSize needs the size of its steps.")
-        return {"stepsize_controller": stepsize_controller, "rtol": rtol, "atol": atol, "dt0": 2 * dt0}
+        return {"stepsize_controller": stepsize_controller, "rtol": 0.0, "atol": 0.0, "dt0": 2 * dt0}
     if isinstance(stepsize_controller, diffrax.PIDController):
-        looser = [getattr(stepsize_controller, name) * factor for name in ("rtol", "atol")]
-        stepsize_controller = dataclasses.replace(stepsize_controller, rtol=looser[0], atol=looser[1])
+        rtol, atol = cast(Any, stepsize_controller.rtol), cast(Any, stepsize_controller.atol)
+        stepsize_controller = dataclasses.replace(stepsize_controller, rtol=rtol * factor, atol=atol * factor)
     elif stepsize_controller is not None:
         raise ValueError(
             f"stepsize_controller is a {type(stepsize_controller).__name__}, whose error cannot be estimated by "
@@ -467,7 +474,7 @@ def _diagnose(solution: Solution, field: VectorField | None, args: Args, t0: flo
         return "the state is not finite. The field returned NaN or infinity, or the fixed step is too large."
     if field is not None:
         rate = field(t, last, args)
-        ahead = t if t0 is None else t + 1e-4 * (t - t0)
+        ahead = t if t0 is None else t + 1e-4 * (t - jnp.asarray(t0, t.dtype))
         if not _finite((rate, field(ahead, last, args))):
             return "the field is not finite there. Evaluate field(t, x, args) around this time to find out why."
         size, speed = _norm(last), _norm(rate)
@@ -496,9 +503,7 @@ def _norm(tree: Any) -> float:
 
 def _spectral_radius(field: VectorField, t: Array, x: Any, args: Args, num_iterations: int = 20) -> float:
     """The size of the largest eigenvalue of df/dx, by power iteration."""
-    leaves, treedef = jax.tree.flatten(x)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    v = treedef.unflatten([jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)])
+    v = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape, leaf.dtype), x)
     growth = 0.0
     for _ in range(num_iterations):
         size = _norm(v)
@@ -520,7 +525,7 @@ def _diffeqsolve(
     ts: Array | None,
     solver: diffrax.AbstractSolver,
     stepsize_controller: diffrax.AbstractStepSizeController,
-    dt0: Array,
+    dt0: Array | None,
     adjoint: diffrax.AbstractAdjoint,
     max_steps: int,
 ) -> Solution:
@@ -530,7 +535,7 @@ def _diffeqsolve(
     else:
         ts = jnp.asarray(ts, t0.dtype)
         saveat = diffrax.SaveAt(ts=jnp.append(ts, t1))
-    if not isinstance(stepsize_controller, diffrax.ConstantStepSize):
+    if not isinstance(stepsize_controller, diffrax.ConstantStepSize | diffrax.StepTo):
         # A state that starts as NaN would shrink its step to NaN, and under vmap cost the batch its step limit.
         t1 = jnp.where(_finite(x0), t1, t0)
     with _explained_differentiation(), jax.default_matmul_precision("highest"):
@@ -582,9 +587,10 @@ def _finite(tree: Any) -> Array:
 
 def _evaluations(solver: diffrax.AbstractSolver, num_steps: Array) -> Array:
     """Evaluations of the field: those of a step times the steps, and the first where the last one is reused."""
-    if isinstance(solver, diffrax.AbstractERK):
-        reused = int(solver.tableau.fsal)
-        return (solver.tableau.num_stages - reused) * num_steps + reused
+    tableau = getattr(solver, "tableau", None)
+    if isinstance(solver, diffrax.AbstractERK) and isinstance(tableau, diffrax.ButcherTableau):
+        reused = int(tableau.fsal)
+        return (tableau.num_stages - reused) * num_steps + reused
     if isinstance(solver, diffrax.Euler | diffrax.LeapfrogMidpoint):
         return num_steps
     if isinstance(solver, diffrax.ReversibleHeun):
@@ -609,8 +615,15 @@ def _adaptive(rtol: float | Array, atol: float | Array, t0: Array, t1: Array) ->
     )
 
 
-def _first_step(dt0: float | Array | None, t0: Array, t1: Array) -> Array:
+def _first_step(
+    dt0: float | Array | None, t0: Array, t1: Array, stepsize_controller: diffrax.AbstractStepSizeController | None
+) -> Array | None:
+    """The first step with its sign; Diffrax's own choice, 0.01 whatever the interval, is not used."""
+    if isinstance(stepsize_controller, diffrax.StepTo):
+        return None
     if dt0 is None:
+        if isinstance(stepsize_controller, diffrax.ConstantStepSize):
+            raise ValueError("dt0 is None: ConstantStepSize needs the size of its steps, for instance dt0=0.01.")
         return 0.01 * (t1 - t0)
     if _checks.concrete(dt0) and not float(dt0) > 0:
         raise ValueError(f"dt0 must be positive, got {dt0}: it is the size of a step, whatever the direction of time.")

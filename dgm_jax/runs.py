@@ -969,7 +969,7 @@ def plot_samples(
         if points.ndim != 2 or points.shape[1] < 2:
             raise ValueError(f"{name} has shape {points.shape}, expected [num, 2].")
     extent = float(1.1 * np.abs(data[:, :2]).max()) if extent is None else extent
-    size = float(np.clip(3000 / max(len(data), len(samples)), 0.4, 6))
+    size = float(np.clip(8000 / max(len(data), len(samples)), 0.5, 8))
     with _figure(path, 1, 2, (8.0, 4.2)) as (_, axes):
         for panel, points, title, color in zip(axes[0], (data, samples), titles, (_GREY, _BLUE), strict=True):
             panel.scatter(points[:, 0], points[:, 1], s=size, color=color, alpha=0.6, linewidths=0, rasterized=True)
@@ -1042,7 +1042,7 @@ def plot_flow(path: str | Path, frames: Any, times: Any, *, title: str = "") -> 
     frames, times = np.asarray(frames, np.float64), np.asarray(times)
     if frames.ndim != 4 or frames.shape[3] != 2 or times.shape != frames.shape[:1]:
         raise ValueError(f"frames {frames.shape} and times {times.shape}: expected [times, num, num, 2] and [times].")
-    extent = 1.08 * float(np.quantile(np.abs(frames), 0.998))
+    extent = 1.05 * float(min(np.abs(frames).max(), 1.5 * np.quantile(np.abs(frames), 0.995)))
     with _figure(path, 1, len(frames), (2.5 * len(frames), 2.9 + 0.3 * bool(title))) as (figure, axes):
         import matplotlib
         from matplotlib.collections import LineCollection

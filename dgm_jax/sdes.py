@@ -10,6 +10,7 @@ Anderson (1982), "Reverse-Time Diffusion Equation Models".
 import math
 
 import jax.numpy as jnp
+import numpy as np
 
 from dgm_jax import schedules
 from dgm_jax._checks import concrete, floating, one_time
@@ -100,9 +101,9 @@ def ornstein_uhlenbeck(rate: float | Array = 1.0, mean: float | Array = 0.0, noi
     Source: Uhlenbeck & Ornstein (1930), "On the Theory of the Brownian Motion"; Gardiner (2004), "Handbook of
     Stochastic Methods", section 4.4.4.
     """
-    if concrete(rate) and not bool(jnp.all(jnp.asarray(rate) > 0)):
+    if concrete(rate) and not np.all(np.asarray(rate) > 0):
         raise ValueError(f"rate must be positive, got {rate}.")
-    if concrete(noise) and not bool(jnp.all(jnp.asarray(noise) >= 0)):
+    if concrete(noise) and not np.all(np.asarray(noise) >= 0):
         raise ValueError(f"noise must be at least 0, got {noise}.")
 
     def fit(name: str, value: float | Array, x: Array) -> Array:

@@ -85,7 +85,7 @@ def test_unbiased_and_its_standard_error_covers(name):
 
 
 def test_sliced_wasserstein_of_shifted_gaussians():
-    """500 draws of 300 against 450 samples, fresh directions each, against |shift| / sqrt(d).
+    """500 draws of 200 against 300 samples, fresh directions each, against |shift| / sqrt(d).
 
     The bias of order 1 / n is below half a standard deviation here; the reported error is within 15 per cent of
     the true spread (3.2 per cent is one standard error: 4.5 of them, 7e-6); two-sigma intervals cover
@@ -94,7 +94,7 @@ def test_sliced_wasserstein_of_shifted_gaussians():
 
     def one(key):
         directions, data = jax.random.split(key)
-        x, y = draw(data, 300, 450, root=ROOT, shift=SHIFT)
+        x, y = draw(data, 200, 300, root=ROOT, shift=SHIFT)
         return metrics.sliced_wasserstein(directions, x, y, num_projections=64)
 
     truth = CASES["sliced"][2]
@@ -147,12 +147,13 @@ def test_no_bias_and_no_false_alarm_where_the_distributions_agree(name):
     """2,000 draws of 40 against 60: the mean within 4 of its standard errors, false alarm 6e-5.
 
     There value / stderr is skewed and its error too large on average, as documented: the ratio lies between 1
-    and 1.5, and a value above two standard errors is no more frequent than the 2.3 per cent of a normal.
+    and 1.36 (the jackknife, which counts the second order twice, has at least 1.41), and a value above two
+    standard errors is no more frequent than the 2.3 per cent of a normal.
     """
     distance, root, _ = CASES[name]
     values, errors = repeat(lambda key: distance(*draw(key, 40, 60, root=root)), 2000, seed=1)
     assert abs(values.mean()) < 4 * values.std() / math.sqrt(2000)
-    assert 1.0 < np.sqrt(np.mean(errors**2)) / values.std() < 1.5
+    assert 1.0 < np.sqrt(np.mean(errors**2)) / values.std() < 1.36
     assert np.mean(values > 2 * errors) < 0.023
 
 
@@ -226,7 +227,7 @@ def test_quantize_undoes_dequantize(levels, dtype):
 
 
 def test_dequantization_is_uniform_inside_a_bin():
-    """Bin 3 of 8 on [-1, 1) is [-0.25, 0): Kolmogorov's distance of 100,000 draws below 2.4 / sqrt(n), false alarm 2e-5."""
+    """Bin 3 of 8 on [-1, 1) is [-0.25, 0): Kolmogorov's distance below 2.4 / sqrt(n), false alarm 2e-5."""
     n = 100_000
     x = metrics.dequantize(jax.random.key(2), jnp.full(n, 3), metrics.uniform_dequantization(8))
     u = np.sort((np.asarray(x) + 0.25) / 0.25)
@@ -326,7 +327,7 @@ def test_bad_arguments():
         metrics.sliced_wasserstein(key, x, x, num_projections=1)
     with pytest.raises(ValueError, match=r"num_permutations must be at least 19, for p = 0\.05, got 5"):
         metrics.permutation_test(key, metrics.energy_distance, x, x, num_permutations=5)
-    with pytest.raises(ValueError, match="bandwidth must be positive, got -1.0"):
+    with pytest.raises(ValueError, match=r"bandwidth must be positive, got -1\.0"):
         metrics.mmd(x, x, -1.0)
     with pytest.raises(ValueError, match=r"bandwidth must be a scalar, got shape \(2,\)"):
         metrics.mmd(x, x, jnp.ones(2))

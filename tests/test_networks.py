@@ -90,13 +90,15 @@ slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "shape", [(7, 5, 2), *(pytest.param(s, marks=slow) for s in ((8, 8, 1), (28, 28, 1), (32, 32, 3)))]
+    "shape", [(7, 3, 2), *(pytest.param(s, marks=slow) for s in ((8, 8, 1), (28, 28, 1), (32, 32, 3)))]
 )
 def test_unet_depends_on_every_pixel_at_every_size(shape):
     net = networks.UNet(features=(2, 2, 2), groups=2, time_features=4, attention=True, param_dtype=jnp.float64)
-    field, params, t, x = built(net, shape)
+    field, t, x = networks.vector_field(net), jnp.asarray(0.3), jax.random.normal(jax.random.key(0), shape)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), jax.eval_shape(net.init, jax.random.key(1), t, x))
+    params = randomised(params, jax.random.key(2))
     out, reached = jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(field(t, x, params)))))(x)
-    assert jax.eval_shape(field, t, x, params).shape == shape
+    assert reached.shape == jax.eval_shape(field, t, x, params).shape == shape
     assert jnp.isfinite(out)
     assert jnp.all(reached != 0)
 
@@ -119,9 +121,10 @@ def convolutions(jaxpr):
 
 def test_convolutions_under_vmap_stay_as_many_with_the_batch_in_front():
     net = networks.UNet(features=(4, 8), time_features=4, param_dtype=jnp.float64)
-    field, params, t, x = built(net, (8, 8, 1))
+    field, t, x = networks.vector_field(net), jnp.asarray(0.3), jnp.ones((8, 8, 1))
+    params = jax.eval_shape(net.init, jax.random.key(0), t, x)
     alone, _ = convolutions(jax.make_jaxpr(field)(t, x, params).jaxpr)
-    ts, xs = jnp.linspace(0.0, 1.0, 16), jax.random.normal(jax.random.key(3), (16, 8, 8, 1))
+    ts, xs = jnp.ones(16), jnp.ones((16, 8, 8, 1))
     together, names = convolutions(jax.make_jaxpr(jax.vmap(field, (0, 0, None)))(ts, xs, params).jaxpr)
     assert alone == [(1, 1)] * len(alone)
     assert together == [(16, 1)] * len(alone)
@@ -155,7 +158,7 @@ def test_attention_follows_a_permutation_of_pixels_and_matches_dot_product_atten
     with jax.numpy_dtype_promotion("standard"):
         peer = jax.nn.dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
     peer = peer @ leaves["Dense_1"]["kernel"] + leaves["Dense_1"]["bias"][None]
-    np.testing.assert_allclose(out - x, peer.reshape(x.shape), atol=1e-12)
+    np.testing.assert_allclose(out - x, peer.reshape(x.shape), atol=1e-6)  # the peer's logits are float32
 
 
 def test_upsampling_repeats_pixels():
@@ -322,8 +325,19 @@ def reference():
     return x, float(value(x, layers)), directions, [slope(direction) for direction in directions]
 
 
-@pytest.mark.parametrize("adjoint", ADJOINTS)
-@pytest.mark.parametrize("library", ["linen", "nnx", "equinox", "plain"])
+@pytest.mark.parametrize(
+    ("library", "adjoint"),
+    [
+        ("linen", "checkpoint"),
+        ("linen", "backsolve"),
+        pytest.param("nnx", "checkpoint", marks=slow),
+        ("nnx", "backsolve"),
+        pytest.param("equinox", "checkpoint", marks=slow),
+        ("equinox", "backsolve"),
+        pytest.param("plain", "checkpoint", marks=slow),
+        ("plain", "backsolve"),
+    ],
+)
 def test_every_library_keeps_the_contract(library, adjoint, reference):
     """The same network gives the same log p, and gradients equal to central differences (error 1e-8 of theirs)."""
     x, value, directions, slopes = reference

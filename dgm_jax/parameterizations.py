@@ -107,8 +107,8 @@ def convert(field: VectorField, schedule: Schedule, *, source: Kind, target: Kin
 
     Finite wherever the conversion is: at t = 0, for instance, score to velocity on ``vp`` and noise to
     velocity on ``linear``; at t = 1 of ``linear``, x0 to velocity. Infinite or NaN where the prediction says nothing
-    of the target: x0 to anything at t = 0, noise to score at t = 0, score or noise to anything else but each
-    other where alpha = 0.
+    of the target: at t = 0 x0 to anything, noise or v to score, noise or v to velocity on ``vp`` and ``ve``, velocity
+    to score on the other four; where alpha = 0 score or noise to anything but each other.
 
     Args:
         field: ``(t [], x [*event], args) -> [*event]``.

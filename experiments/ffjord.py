@@ -76,7 +76,7 @@ class Config:
     """Relative tolerance of every solve after training, one for each example."""
     test_atol: float = 1e-6
     """Absolute tolerance of the same."""
-    num_steps: int = 3000
+    num_steps: int = 1500
     """Training steps."""
     batch_size: int = 256
     """Examples in a step, over all devices; of a table no more than its training rows."""
@@ -132,8 +132,8 @@ def load(config: Config, key: Array, mesh: Any) -> Data:
     table = datasets.split_table(datasets.load_table(config.data, drop=config.drop), config.seed)
     for column, values in enumerate(table.train.T):
         if (distinct := len(np.unique(values))) <= min(20, len(values) // 2):
-            runs.say(f"column {column} of those used has {distinct} distinct values: without --drop, its NLL means little.")
-    train, valid, test = (jnp.asarray(part, jnp.float32) for part in table[:3])
+            runs.say(f"column {column} of those used has {distinct} distinct values and so no density: --drop it.")
+    train, valid, test = (jnp.asarray(part, float) for part in table[:3])
     size = min(config.batch_size, len(train) // mesh.size * mesh.size)
     mine = training.local_rows(mesh, size)
     rows = jax.jit(lambda n: training.batch_indices(key_batch, n, len(train), size))
@@ -183,7 +183,8 @@ def make_update(velocity: VectorField, optimizer: Any, data: Data, config: Confi
         if not data.is_table:
             return State(train, None, None), report
         due = train.step % config.valid_every == 0
-        nll = jax.lax.cond(due, lambda p: -jnp.mean(log_prob(p, data.valid)), lambda p: jnp.inf, train.ema)
+        unknown = jnp.full((), jnp.inf)
+        nll = jax.lax.cond(due, lambda p: -jnp.mean(log_prob(p, data.valid)), lambda p: unknown, train.ema)
         better = nll < state.valid_nll
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), train.ema, state.best)
         valid_nll = jnp.where(better, nll, state.valid_nll)
@@ -243,7 +244,7 @@ def main(config: Config) -> dict[str, float]:
     data = load(config, key_data, mesh)
     zeros = jnp.zeros(data.test.shape[1])
 
-    net = networks.MLP((config.width,) * config.depth, ACTIVATIONS[config.activation])
+    net = networks.MLP((config.width,) * config.depth, ACTIVATIONS[config.activation], param_dtype=zeros.dtype)
     velocity = networks.vector_field(net)
     optimizer = training.adam(config.learning_rate, config.num_steps, warmup=min(50, config.num_steps - 1))
     state = State(training.init(net.init(key_params, jnp.zeros(()), zeros), optimizer), None, None)

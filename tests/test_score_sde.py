@@ -1,0 +1,207 @@
+"""The experiment script ``experiments/score_sde.py``: its pieces against closed form, and the whole of it, tiny."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dgm_jax import datasets, metrics, runs, schedules, training
+
+SCRIPT = Path(__file__).parents[1] / "experiments" / "score_sde.py"
+spec = importlib.util.spec_from_file_location("score_sde", SCRIPT)
+score_sde = sys.modules["score_sde"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(score_sde)
+
+SCHEDULES = {"vp": schedules.vp, "ve": schedules.ve, "sub_vp": schedules.sub_vp}
+TINY = {
+    "features": (16, 16),
+    "channels": (4, 8),
+    "num_steps": 30,
+    "batch_size": 16,
+    "num_samples": 10,
+    "sampler_steps": 10,
+    "test_examples": 10,
+    "num_probes": 2,
+    "rtol": 1e-2,
+    "checkpoint_every": 10,
+}
+
+
+def tiny(folder, **changes):
+    return score_sde.Config(out=str(folder / "run"), **{**TINY, **changes})
+
+
+def nothing(t, x, params):
+    """A network that adds nothing: the score of a Gaussian remains."""
+    return jnp.zeros_like(x)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_without_a_network_the_model_is_a_gaussian(name):
+    """log p at t_start is that of N(0, alpha^2 std^2 + sigma^2) there, up to what the base leaves out at t = 1."""
+    std, schedule = 0.7, SCHEDULES[name]()
+    config = score_sde.Config(rtol=1e-7, noise_start=0.1, num_probes=0)
+    model = score_sde.make_model(score_sde.make_score(nothing, schedule, std), schedule, config)
+    x = 0.7 * jax.random.normal(jax.random.key(1), (3, 2, 2, 1))
+    found = model.likelihood(None, jax.random.split(jax.random.key(2), 3), x)
+
+    t = score_sde.time_of(schedule, jnp.log(0.1))
+    alpha, sigma = schedules.alpha(schedule, t), schedules.sigma(schedule, t)
+    np.testing.assert_allclose(sigma / alpha, 0.1, rtol=1e-5)  # the table of times
+    scale = jnp.sqrt((alpha * std) ** 2 + sigma**2)
+    exact = jnp.sum(jax.scipy.stats.norm.logpdf(x, 0.0, scale), axis=(1, 2, 3))
+    # The base has variance sigma^2(1) where alpha^2 std^2 + sigma^2 would be exact: with r the ratio less one (2.1e-5
+    # for vp, 2.0e-4 for ve) log p is off by (4 - |z|^2) r / 2, and |z|^2 stays below 20 for these x.
+    np.testing.assert_allclose(found.log_prob, exact, atol=16 * 2.0e-4 / 2)
+    assert jnp.all(jnp.abs(found.log_prob - exact) > 0)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_network_has_targets_of_variance_one(name):
+    """On Gaussian data F = 0 is the best there is and its squared error 1 for every noise, whose half is the loss.
+
+    2,000 x 16 independent targets of variance 1: the mean of their squares has standard deviation sqrt(2 / 32000), and
+    5 of these allow one false alarm in 1.7 million; x ~ N(0, std^2) has the variance of the model.
+    """
+    config, schedule, std = score_sde.Config(), SCHEDULES[name](), 0.7
+    data = score_sde.Data(lambda n: None, lambda key, x: x, jnp.zeros(()), jnp.zeros(()))
+    loss = score_sde.make_loss(score_sde.make_score(nothing, schedule, std), schedule, data, std, config)
+    x = std * jax.random.normal(jax.random.key(3), (2000, 16))
+    assert abs(2 * float(jax.jit(loss)(None, jax.random.key(4), x)) - 1) < 5 * np.sqrt(2 / 32000)
+
+
+def test_the_error_of_bits_per_dimension_is_that_of_its_parts():
+    """Known log-densities and errors: 4 log 2 nats in 4 dimensions are 1 bit each, less log2 of a bin of 1/8."""
+    deq = metrics.uniform_dequantization(16, -1.0, 1.0)
+    data = score_sde.Data(lambda n: None, lambda key, x: x, jnp.zeros((2, 4)), jnp.zeros((2, 4)), deq)
+    bit = 4 * np.log(2.0)
+    ones = jnp.ones(2)
+    found = score_sde.flows.Likelihood(
+        jnp.asarray([-bit, -3 * bit]), 0.5 * bit * ones, 0.25 * bit * ones, ones, 7 * ones, 0 * ones
+    )
+    results = score_sde.judge_likelihood(data, found)
+    np.testing.assert_allclose(results["test_bits_per_dim"], 2 + 3)
+    np.testing.assert_allclose(results["test_bits_per_dim_stderr"], 1.0)  # sd(1, 3) / sqrt(2)
+    np.testing.assert_allclose(results["test_bits_per_dim_stderr_of_probes"], np.sqrt(2) * 0.5 / 2)
+    np.testing.assert_allclose(results["test_bits_per_dim_stderr_of_examples"], np.sqrt(1 - 1 / 8))
+    np.testing.assert_allclose(results["test_bits_per_dim_solver_error"], 0.25)
+    assert results["dequantization"] == "uniform"
+
+
+def check(results, folder, pictures):
+    """What ``main`` returned is what it wrote, and the pictures are there."""
+    run = folder / "run"
+    assert json.loads((run / "metrics.json").read_text()) == results
+    for picture in (*pictures, "loss.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG"), picture
+    assert (run / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_digits(tmp_path):
+    """Thirty steps are better than none, where a Gaussian needs log2 of 17 levels or more; no solve fails."""
+    results = score_sde.main(tiny(tmp_path))
+    check(results, tmp_path, ["samples.png", "denoising.png"])
+    assert results["test_examples"] == 10
+    assert 2 < results["test_bits_per_dim"] < 5
+    assert results["classifier_accuracy"] >= 0.7
+    # As many training digits as samples are far closer to the test digits than samples of a network of this size.
+    assert results["sliced_wasserstein_train"] < results["sliced_wasserstein_sde"]
+
+
+@pytest.mark.slow
+def test_points_in_the_plane(tmp_path):
+    """The NLL of 200 test points: at least the entropy, 2.85 nats, less 5 standard errors, and better than a Gaussian.
+
+    A Gaussian of the same covariance, 4.125 I, needs log(2 pi e 4.125) = 4.255 nats.
+    """
+    changes = {"num_steps": 400, "batch_size": 128, "learning_rate": 5e-3, "features": (64, 64), "rtol": 1e-3}
+    results = score_sde.main(tiny(tmp_path, data="eight_gaussians", sde="sub_vp", test_examples=200, **changes))
+    check(results, tmp_path, ["samples_sde.png", "samples_flow.png"])
+    entropy = datasets.entropy("eight_gaussians")
+    assert results["test_nll_nats_stderr_of_probes"] == 0  # exact in two dimensions
+    assert entropy - 5 * results["test_nll_nats_stderr"] < results["test_nll_nats"] < 4.0
+
+
+@pytest.mark.slow
+def test_images_from_a_folder_with_the_unet(tmp_path):
+    """MNIST's own file format, 40 images of noise in it."""
+    rng = np.random.default_rng(0)
+    images, labels = (rng.integers(0, 256, (40, 28, 28), np.uint8), np.arange(40, dtype=np.uint8) % 10)
+    np.savez(tmp_path / "mnist.npz", x_train=images, y_train=labels, x_test=images[:12], y_test=labels[:12])
+    changes = {"num_steps": 3, "sampler_steps": 3, "num_samples": 4, "test_examples": 2, "rtol": 0.1}
+    results = score_sde.main(tiny(tmp_path, data="mnist", data_dir=str(tmp_path), network="unet", sde="ve", **changes))
+    check(results, tmp_path, ["samples.png", "denoising.png"])
+    assert results["test_bits_per_dim"] > 7.5  # uniform noise of 256 levels costs 8
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte"):
+        score_sde.main(tiny(tmp_path, data="mnist", data_dir=str(tmp_path / "empty")))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_help_explains_every_option():
+    helped = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
+    for field in dataclasses.fields(score_sde.Config):
+        assert f"--{field.name.replace('_', '-')}" in helped
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bits(tmp_path):
+    """SIGKILL between two checkpoints, then --resume: the same parameters, losses and results as without."""
+    config = tiny(tmp_path, data="moons", num_steps=3000, checkpoint_every=100)
+    environment = {**os.environ, "JAX_ENABLE_X64": "1"}
+    arguments = ["--data", "moons", "--num-steps", "3000", "--checkpoint-every", "100"]
+    for name in ("batch_size", "num_samples", "sampler_steps", "test_examples", "num_probes", "rtol"):
+        arguments += [f"--{name.replace('_', '-')}", str(TINY[name])]
+    for name in ("features", "channels"):
+        arguments += [f"--{name}", *map(str, TINY[name])]
+
+    def start(*more):
+        command = [sys.executable, SCRIPT, *arguments, *more]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    killed = Path(config.out)
+    process = start("--out", killed)
+    deadline = time.monotonic() + 300
+    while len(list(killed.glob("checkpoints/*.sha256.json"))) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (killed / "metrics.json").exists(), "the run was over before it was killed"
+
+    whole = tmp_path / "whole"
+    for more in (["--out", killed, "--resume"], ["--out", whole]):
+        process = start(*more)
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert ("resumed" in errors) == ("--resume" in more)
+
+    def last(folder):
+        run = runs.open_run(dataclasses.replace(config, out=str(folder), resume=True))
+        _, params = score_sde.make_network(config, jax.random.key(0), (2,))
+        like = training.init(params, training.adam(1e-3, 3000, warmup=150))
+        return runs.restore(run, like)
+
+    a, b = last(killed), last(whole)
+    assert a.step == b.step == 3000
+    chex.assert_trees_all_equal(a.state, b.state)
+    chex.assert_trees_all_equal(a.history, b.history)
+    results = [json.loads((folder / "metrics.json").read_text()) for folder in (killed, whole)]
+    one, other = ({k: v for k, v in r.items() if not k.startswith("seconds")} for r in results)
+    assert one == other

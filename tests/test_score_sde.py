@@ -64,7 +64,6 @@ def test_without_a_network_the_model_is_a_gaussian(name):
     # The base has variance sigma^2(1) where alpha^2 std^2 + sigma^2 would be exact: with r the ratio less one (2.1e-5
     # for vp, 2.0e-4 for ve) log p is off by (4 - |z|^2) r / 2, and |z|^2 stays below 20 for these x.
     np.testing.assert_allclose(found.log_prob, exact, atol=16 * 2.0e-4 / 2)
-    assert jnp.all(jnp.abs(found.log_prob - exact) > 0)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -385,18 +385,18 @@ def euler_maruyama(
     _check_field(sde.drift, t0, x0, args)
     dt = (t1 - t0) / num_steps
     root = jnp.sqrt(jnp.abs(dt))
-    index = jnp.arange(num_steps)
-    times = t0 + index.astype(x0.dtype) * dt
 
-    def step(x: Array, now: tuple[Array, Array]) -> tuple[Array, Array | None]:
-        n, t = now
+    def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array | None]:
+        n, x = carry  # counting here is faster than slicing an array of times
+        t = t0 + n.astype(x.dtype) * dt
         eps = jax.random.normal(jax.random.fold_in(key, n), x.shape, x.dtype)
         x = x + sde.drift(t, x, args) * dt + _diagonal(sde.diffusion(t, x, args), x) * (root * eps)
-        return x, x if path else None
+        return (n + 1, x), x if path else None
 
     with jax.default_matmul_precision("highest"):
-        x1, xs = jax.lax.scan(step, x0, (index, times))
+        (_, x1), xs = jax.lax.scan(step, (jnp.int32(0), x0), length=num_steps)
     if path:
+        times = t0 + jnp.arange(num_steps).astype(x0.dtype) * dt
         return jnp.append(times, t1), jnp.concatenate([x0[None], cast(Array, xs)])
     return x1
 

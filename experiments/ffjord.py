@@ -61,13 +61,13 @@ class Config:
     activation: Literal["tanh", "softplus", "silu", "gelu"] = "tanh"
     """Of the hidden layers; smooth, for the solver's sake."""
     divergence: Literal["exact", "hutchinson"] = "exact"
-    """In training: exact costs as many products with the Jacobian as there are columns, hutchinson as many as probes,
-    at the price of noise. The test NLL is always exact."""
+    """Of the training loss. exact: as many products with the Jacobian as columns. hutchinson: as many as probes, but
+    noisy; the better choice above a handful of columns. The test NLL is always exact."""
     num_probes: int = 1
     """Rademacher probes of hutchinson, for each example."""
     adjoint: Literal["recursive_checkpoint", "backsolve", "direct"] = "recursive_checkpoint"
-    """Gradients by backpropagation through the solver with few states kept; by the adjoint ODE solved backwards, in
-    constant memory; or by backpropagation with every state kept."""
+    """Gradients by backpropagation through the solver, with few of its states kept; by the adjoint ODE solved backwards:
+    half the time, constant memory, approximate; or by backpropagation with every state kept."""
     rtol: float = 1e-3
     """Relative tolerance of the training solve."""
     atol: float = 1e-3

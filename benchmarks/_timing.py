@@ -39,15 +39,19 @@ class Ratio(NamedTuple):
     high: float
 
 
-def measure(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Seconds]:
+def measure(
+    functions: Mapping[str, Callable[[], Any]], repeats: int, before: Callable[[], Any] = lambda: None
+) -> dict[str, Seconds]:
     """Time functions in turn, round after round, so that a busy moment of the machine falls on all of them.
 
     Args:
         functions: name -> function of nothing. What it returns is waited for.
         repeats: rounds after the first call of each.
+        before: called before every call, outside of the clock.
     """
 
     def call(function: Callable[[], Any]) -> float:
+        before()
         start = time.perf_counter()
         jax.block_until_ready(function())
         return time.perf_counter() - start

@@ -86,7 +86,8 @@ def case(config: Config, drift_name: str, form: str, dim: int, batch: int) -> di
     if form == "vmap":
         key = jax.random.split(key, batch)
         ways = {name: jax.vmap(way, in_axes=(0, 0, None)) for name, way in ways.items()}
-    return {name: (lambda f=jax.jit(way): f(key, x0, params)) for name, way in ways.items()}
+    jitted = {name: jax.jit(way) for name, way in ways.items()}
+    return {name: lambda way=way: way(key, x0, params) for name, way in jitted.items()}
 
 
 def main(config: Config) -> dict[str, float]:

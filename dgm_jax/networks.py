@@ -4,7 +4,7 @@ A Flax module here is called as ``net(t [], x [*event]) -> [*event]``; its param
 ``net.init(key, t, x)`` makes and that travels in ``args``::
 
     net = MLP()
-    params = net.init(key, t, x)
+    params = jax.jit(net.init)(key, t, x)        # jit: a U-Net starts sooner
     field = vector_field(net)                    # field(t, x, params) = net.apply(params, t, x)
 
 Any other library's module becomes a :data:`~dgm_jax.types.VectorField` in one line too: split it into its arrays,

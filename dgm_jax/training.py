@@ -7,8 +7,9 @@ jits. Nothing is remembered elsewhere: the randomness of step n comes from ``fol
     optimizer = training.adam(1e-3, num_steps)
     state = training.init(params, optimizer)
     update = jax.jit(training.step(loss, optimizer), donate_argnums=0)      # loss(params, key, batch) -> []
+    order = jax.jit(training.batch_indices, static_argnums=(2, 3))
     for n in range(int(state.step), num_steps):
-        rows = training.batch_indices(data_key, n, len(data), batch_size)
+        rows = order(data_key, n, len(data), batch_size)
         state, metrics = update(state, train_key, data[rows])
         if not metrics["finite"]: raise ...
 
@@ -204,7 +205,7 @@ def batch_indices(key: Array, step: Array | int, num_data: int, batch_size: int)
     random permutation drawn from fold_in(key, e). The num_data - s batch_size rows left over rest for one epoch.
 
     The answer depends on the arguments alone, neither on devices nor on processes. It costs one permutation of
-    num_data numbers; under jit both sizes are static.
+    num_data numbers (60,000: some 10 ms on a CPU core); under jit both sizes are static.
 
     Args:
         key: of the data; the same in every step.

@@ -33,6 +33,8 @@ Name = Literal[
     "eight_gaussians", "checkerboard", "two_spirals", "pinwheel", "rings", "moons", "swiss_roll",
 ]  # fmt: skip
 
+MEASURING = ("num_samples", "sampler_steps", "rtol", "test_examples", "num_probes")  # may change when a run is resumed
+
 
 @dataclass(frozen=True)
 class Config:
@@ -58,14 +60,14 @@ class Config:
     """Widths of the MLP's hidden layers."""
     channels: tuple[int, ...] = (32, 64)
     """Channels of the U-Net at each resolution, finest first."""
-    num_steps: int = 4000
+    num_steps: int = 5000
     """Training steps."""
     batch_size: int = 128
     """Examples in a step, over all devices."""
     learning_rate: float = 1e-3
     """Largest learning rate of Adam, after a twentieth of the steps; it falls along a cosine."""
-    weight_decay: float = 0.0
-    """Of AdamW."""
+    weight_decay: float = 0.35
+    """Of AdamW: without it 1,500 digits are learned by heart, and the test likelihood is worse."""
     ema_decay: float = 0.999
     """Of the average of the parameters over the steps, which is what is used in the end."""
     noise_mean: float = -0.5
@@ -157,7 +159,7 @@ def time_of(schedule: Schedule, log_noise: Array) -> Array:
 
 
 def make_loss(score: VectorField, schedule: Schedule, data: Data, std: float, config: Config) -> Callable[..., Array]:
-    """Denoising score matching per dimension, weighted so as to be the squared error of F."""
+    """Denoising score matching per dimension, weighted so as to be half the squared error of F."""
     mean, width = config.noise_mean + math.log(std), config.noise_std
     ends = jnp.stack([jnp.log(config.noise_start), -0.5 * schedules.log_snr(schedule, jnp.ones(()))])
     low, high = jax.scipy.special.ndtr((ends - mean) / width)
@@ -274,8 +276,12 @@ def draw(run: runs.Run, data: Data, samples: dict[str, Array], path: tuple[Array
     wall = wall.reshape(-1, *wall.shape[2:])
     runs.plot_images(run.folder / "samples.png", wall, high=top, columns=3 * side + 2, title=title)
     times, states = path
-    shown = np.unique(np.linspace(0, times.shape[1] - 1, 11).round().astype(int))
-    runs.plot_denoising(run.folder / "denoising.png", states[:, shown], times[0, shown], low=-1.0, high=1.0)
+    last = times.shape[1] - 1
+    shown = np.unique((last * (1 - np.linspace(1, 0, 11) ** 2)).round().astype(int))  # most of it happens late
+    title = "samples of the reverse SDE on their way"
+    runs.plot_denoising(
+        run.folder / "denoising.png", states[:, shown], times[0, shown], low=-1.0, high=1.0, title=title
+    )
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -284,7 +290,7 @@ def main(config: Config) -> dict[str, Any]:
     mesh = training.mesh()
     key_data, key_net, key_train, key_sample, key_probe = jax.random.split(jax.random.key(config.seed), 5)
     data = load(config, key_data, mesh)
-    run = runs.open_run(config, may_differ=("num_samples", "sampler_steps", "rtol", "test_examples", "num_probes"))
+    run = runs.open_run(config, may_differ=MEASURING)
     schedule = {"vp": schedules.vp, "ve": schedules.ve, "sub_vp": schedules.sub_vp}[config.sde]()
     event, std = data.test.shape[1:], float(jnp.std(data.train))
     network, params = make_network(config, key_net, event)
@@ -314,7 +320,7 @@ def main(config: Config) -> dict[str, Any]:
     found = clock("likelihood", model.likelihood(params, test[1], test[0]))
     results = judge_samples(data, samples, key_probe)
     draw(run, data, samples, model.path(params, keys[:6], z[:6]))
-    runs.plot_curve(run.folder / "loss.png", history, label="squared error of F, per dimension")
+    runs.plot_curve(run.folder / "loss.png", history, label="denoising loss per dimension")
     clock("judging_and_drawing", None)
     results = {
         "final_loss": float(np.mean(history["loss"][-100:])),

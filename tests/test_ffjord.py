@@ -20,6 +20,7 @@ from dgm_jax import datasets
 SCRIPT = Path(__file__).parents[1] / "experiments" / "ffjord.py"
 TINY = {"num_steps": 4, "width": 4, "depth": 1, "batch_size": 16, "num_test": 50, "grid": 5, "valid_every": 2,
         "test_rtol": 1e-4, "test_atol": 1e-4}  # fmt: skip
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def ffjord():
     del sys.modules["ffjord"]
 
 
-@pytest.mark.parametrize("adjoint", ["recursive_checkpoint", "backsolve", "direct"])
+@pytest.mark.parametrize("adjoint", ["recursive_checkpoint", "backsolve", pytest.param("direct", marks=SLOW)])
 def test_loss_and_gradient_of_a_linear_flow_by_every_adjoint(ffjord, adjoint):
     """v = A x: log p(x) = log N(exp(-A) x; 0, I) - tr A."""
     a = jnp.array([[0.3, -0.8], [0.5, -0.2]])
@@ -51,7 +52,7 @@ def test_loss_and_gradient_of_a_linear_flow_by_every_adjoint(ffjord, adjoint):
     assert 6 < report["nfe"] < 2000
 
 
-@pytest.mark.parametrize("adjoint", ["recursive_checkpoint", "backsolve"])
+@pytest.mark.parametrize("adjoint", ["backsolve", pytest.param("recursive_checkpoint", marks=SLOW)])
 def test_hutchinson_loss_is_unbiased(ffjord, adjoint):
     """Two probes for each of n = 4,096 points at rest at 0 give tr A with standard deviation |A_12 + A_21| / sqrt(2n),
     and dL/dA with at most 1 / sqrt(2n) an entry: 4.5 sigma, false alarms 4e-5 in all; the key is fixed."""
@@ -81,6 +82,7 @@ def test_an_untrained_flow_is_its_base(ffjord, tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
+@SLOW
 def test_a_table_is_measured_in_its_own_units(ffjord, tmp_path):
     """A correlated Gaussian of very different scales: both NLLs against SciPy's in the units of the file."""
     rng = np.random.Generator(np.random.PCG64(0))
@@ -110,7 +112,7 @@ def test_data_that_are_not_there(ffjord, tmp_path):
         ffjord.main(ffjord.Config(data=str(tmp_path / "missing.npy"), **options))
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_table_keeps_its_best_average(ffjord, tmp_path, monkeypatch):
     """Few rows and many steps overfit: what is kept is the average that was best in validation, not the last."""
     rng = np.random.Generator(np.random.PCG64(1))
@@ -126,7 +128,7 @@ def test_a_table_keeps_its_best_average(ffjord, tmp_path, monkeypatch):
     assert results["test_nll"] < 2 * 0.5 * np.log(2 * np.pi * np.e) + 1.0
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("data", ["eight_gaussians", "table.npy"])
 def test_killed_run_ends_with_the_same_bits(ffjord, tmp_path, monkeypatch, data):
     """SIGKILL at some step after the fortieth; then resume."""

@@ -109,7 +109,7 @@ def check(results, folder, pictures):
 
 @pytest.mark.slow
 def test_digits(tmp_path):
-    """Thirty steps are better than none, where a Gaussian needs log2 of 17 levels or more; no solve fails."""
+    """The whole of it on real digits, where a uniform density needs log2 17 = 4.09 bits."""
     results = score_sde.main(tiny(tmp_path))
     check(results, tmp_path, ["samples.png", "denoising.png"])
     assert results["test_examples"] == 10
@@ -161,9 +161,9 @@ def test_help_explains_every_option():
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     """SIGKILL between two checkpoints, then --resume: the same parameters, losses and results as without."""
-    config = tiny(tmp_path, data="moons", num_steps=3000, checkpoint_every=100)
+    config = tiny(tmp_path, data="moons", num_steps=600, checkpoint_every=50)
     environment = {**os.environ, "JAX_ENABLE_X64": "1"}
-    arguments = ["--data", "moons", "--num-steps", "3000", "--checkpoint-every", "100"]
+    arguments = ["--data", "moons", "--num-steps", "600", "--checkpoint-every", "50"]
     for name in ("batch_size", "num_samples", "sampler_steps", "test_examples", "num_probes", "rtol"):
         arguments += [f"--{name.replace('_', '-')}", str(TINY[name])]
     for name in ("features", "channels"):
@@ -182,7 +182,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not (killed / "metrics.json").exists(), "the run was over before it was killed"
+    assert not (killed / "checkpoints" / "00000600").exists(), "training was over before it was killed"
 
     whole = tmp_path / "whole"
     for more in (["--out", killed, "--resume"], ["--out", whole]):
@@ -192,13 +192,13 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
         assert ("resumed" in errors) == ("--resume" in more)
 
     def last(folder):
-        run = runs.open_run(dataclasses.replace(config, out=str(folder), resume=True))
+        run = runs.open_run(dataclasses.replace(config, out=str(folder), resume=True), may_differ=score_sde.MEASURING)
         _, params = score_sde.make_network(config, jax.random.key(0), (2,))
-        like = training.init(params, training.adam(1e-3, 3000, warmup=150))
+        like = training.init(params, training.adam(1e-3, 600, warmup=30))
         return runs.restore(run, like)
 
     a, b = last(killed), last(whole)
-    assert a.step == b.step == 3000
+    assert a.step == b.step == 600
     chex.assert_trees_all_equal(a.state, b.state)
     chex.assert_trees_all_equal(a.history, b.history)
     results = [json.loads((folder / "metrics.json").read_text()) for folder in (killed, whole)]

@@ -125,8 +125,9 @@ def log_prob_batch(
     divergence: Divergence | None = None,
     probes: Array | None = None,
     log_base: Callable[[Array], Array] = standard_normal,
+    with_nfe: bool = False,
     **options: Any,
-) -> Array:
+) -> Any:
     """log p(x_i) of a batch inside one solve, for training.
 
     The formula is that of ``log_prob``, the steps are shared. The error that the solver controls is averaged
@@ -141,10 +142,11 @@ def log_prob_batch(
         divergence: as in ``log_prob``.
         probes: random vectors of each example ``[batch, num, *event]``.
         log_base: as in ``log_prob``, for one example.
+        with_nfe: return the number of evaluations too, to be watched over training.
         **options: as in ``log_prob``.
 
     Returns:
-        log p(x_i) in nats ``[batch]``.
+        log p(x_i) in nats ``[batch]``, or with ``with_nfe`` the pair of that and the evaluations of the solve ``[]``.
 
     Raises:
         As ``log_prob``.
@@ -169,8 +171,10 @@ def log_prob_batch(
         )
 
     start = (x, jnp.zeros(x.shape[:1], x.dtype))
-    z, integral = solvers.odeint(batched, start, args, t0=t_data, t1=t_base, **options)
-    return jax.vmap(lambda one: _base(log_base, one))(z) + integral
+    solution = solvers.solve_ode(batched, start, args, t0=t_data, t1=t_base, **options)
+    z, integral = solution.x
+    value = jax.vmap(lambda one: _base(log_base, one))(z) + integral
+    return (value, solution.nfe) if with_nfe else value
 
 
 def sample(

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax import datasets, densities, divergence, flows, networks, probes, runs, solvers, training
+from dgm_jax import datasets, densities, flows, networks, probes, runs, solvers, training
 from dgm_jax.types import Array, VectorField
 
 ADJOINTS: dict[str, Any] = {
@@ -142,29 +142,16 @@ def load(config: Config, key: Array, mesh: Any) -> Data:
 
 
 def make_loss(velocity: VectorField, config: Config) -> Callable[..., Any]:
-    """-mean log p(x) over a batch in one solve, and how often that solve evaluated the velocity.
-
-    What ``flows.log_prob_batch`` computes, written out for the number of evaluations.
-    """
-    trace = divergence.exact if config.divergence == "exact" else divergence.hutchinson
-    options: dict[str, Any] = {
-        "rtol": config.rtol,
-        "atol": config.atol,
-        "adjoint": ADJOINTS[config.adjoint](),
-        "throw": False,
-    }
-
-    def field(t: Array, state: Any, args: Any) -> Any:
-        params, e = args
-        return jax.vmap(lambda x, e: trace(lambda y: velocity(t, y, params), x, e))(state[0], e)
+    """-mean log p(x) over a batch in one solve, and how often that solve evaluated the velocity."""
+    options: dict[str, Any] = {"t_data": 1.0, "t_base": 0.0, "rtol": config.rtol, "atol": config.atol}
 
     def loss(params: Any, key: Array, x: Array) -> Any:
         e = None
         if config.divergence == "hutchinson":
             e = jnp.moveaxis(probes.rademacher(key, x, config.num_probes), 0, 1)  # [batch, num, d]
-        solution = solvers.solve_ode(field, (x, jnp.zeros(len(x))), (params, e), t0=1.0, t1=0.0, **options)
-        z, integral = solution.x
-        return -jnp.mean(jax.vmap(flows.standard_normal)(z) + integral), {"nfe": solution.nfe}
+        adjoint = ADJOINTS[config.adjoint]()
+        log_p, nfe = flows.log_prob_batch(velocity, x, params, probes=e, adjoint=adjoint, with_nfe=True, **options)
+        return -jnp.mean(log_p), {"nfe": nfe}
 
     return loss
 

@@ -59,6 +59,15 @@ def test_a_batch_in_one_solve_and_its_gradient(adjoint):
     assert_trees_all_close(jax.value_and_grad(solved)(A), jax.value_and_grad(exact)(A), atol=1e-8)
 
 
+def test_a_batch_reports_its_evaluations():
+    batch = jax.random.normal(jax.random.key(0), (5, 3))
+    log_p, nfe = flows.log_prob_batch(linear, batch, A, with_nfe=True, **TIMES)
+    assert_trees_all_close(log_p, jax.vmap(lambda x: exact_log_prob(A, x))(batch), atol=1e-4)
+    steps = {"stepsize_controller": diffrax.ConstantStepSize(), "dt0": 0.1, "solver": diffrax.Euler()}
+    assert int(flows.log_prob_batch(linear, batch, A, with_nfe=True, **steps, **TIMES)[1]) == 10
+    assert (int(nfe) - 1) % 6 == 0  # Tsit5: six evaluations a step, and the first
+
+
 def test_probes_of_a_batch_are_each_examples_own():
     batch = jax.random.normal(jax.random.key(0), (4, 3))
     own = jax.vmap(lambda key: probes.rademacher(key, X, 2))(jax.random.split(jax.random.key(1), 4))

@@ -13,6 +13,7 @@ Euler in the same steps, stands beside for information.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from _timing import Ratio, bars, measure, ratio, show, write
 
 from dgm_jax import networks, runs, solvers
-from dgm_jax.types import SDE, Array
+from dgm_jax.types import SDE, Array, VectorField
 
 TARGET = 1.1
 
@@ -43,6 +44,11 @@ class Config:
     """Also time Diffrax's Euler."""
 
 
+def pull(t: Array, x: Array, args: Any) -> Array:
+    """The drift of an Ornstein-Uhlenbeck process, -x."""
+    return -x
+
+
 def by_hand(key: Array, drift: Callable, noise: float, x0: Array, args: Any, num_steps: int) -> Array:
     """Euler-Maruyama from 0 to 1 as one would write it for the case at hand."""
     dt = 1.0 / num_steps
@@ -62,20 +68,17 @@ def case(config: Config, drift_name: str, form: str, dim: int, batch: int) -> di
     """Name -> a function of nothing that draws the batch of paths."""
     noise = 0.7
     x0 = jnp.ones((batch, dim))
-    if drift_name == "linear":
-        params = None
-
-        def drift(t: Array, x: Array, args: Any) -> Array:
-            return -x
-    else:
+    params: Any = None
+    drift: VectorField = pull
+    if drift_name == "network":
         net = networks.MLP((config.width, config.width), last_init=jax.nn.initializers.normal(0.1))
         params = net.init(jax.random.key(0), jnp.zeros(()), x0[0])
         drift = networks.vector_field(net)
 
     over_batch = drift if form == "vmap" else jax.vmap(drift, in_axes=(None, 0, None))
     sde = SDE(over_batch, lambda t, x, args: jnp.asarray(noise, x.dtype))
-    ends = {"t0": 0.0, "t1": 1.0, "num_steps": config.num_steps}
-    ways = {
+    ends: dict[str, Any] = {"t0": 0.0, "t1": 1.0, "num_steps": config.num_steps}
+    ways: dict[str, Callable[..., Array]] = {
         "by hand": lambda key, x, args: by_hand(key, over_batch, noise, x, args, config.num_steps),
         "euler_maruyama": lambda key, x, args: solvers.euler_maruyama(key, sde, x, args, **ends),
         "sdeint": lambda key, x, args: solvers.sdeint(key, sde, x, args, **ends),
@@ -87,7 +90,7 @@ def case(config: Config, drift_name: str, form: str, dim: int, batch: int) -> di
         key = jax.random.split(key, batch)
         ways = {name: jax.vmap(way, in_axes=(0, 0, None)) for name, way in ways.items()}
     jitted = {name: jax.jit(way) for name, way in ways.items()}
-    return {name: lambda way=way: way(key, x0, params) for name, way in jitted.items()}
+    return {name: partial(way, key, x0, params) for name, way in jitted.items()}
 
 
 def main(config: Config) -> dict[str, float]:

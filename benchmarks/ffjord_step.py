@@ -18,6 +18,7 @@ as torchdiffeq does it. The other ways to take the gradient stand beside.
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import diffrax
@@ -63,8 +64,14 @@ class Config:
 def make_steps(config: Config, net: Any, optimizer: Any) -> dict[str, Callable[..., Any]]:
     """Way -> jitted (params, opt_state, x [batch, 2], e [batch, 1, 2]) -> (params, opt_state, loss, gradient)."""
     velocity = networks.vector_field(net)
-    common = {"t_data": 1.0, "t_base": 0.0, "rtol": config.tolerance, "atol": config.tolerance, "throw": False}
-    dt0 = {"dt0": config.dt0}
+    common: dict[str, Any] = {
+        "t_data": 1.0,
+        "t_base": 0.0,
+        "rtol": config.tolerance,
+        "atol": config.tolerance,
+        "throw": False,
+    }
+    dt0: dict[str, Any] = {"dt0": config.dt0}
 
     def in_one_solve(adjoint: Any, **options: Any) -> Callable[[Any, Array, Array], Array]:
         return lambda params, x, e: flows.log_prob_batch(
@@ -191,18 +198,18 @@ def main(config: Config) -> dict[str, float]:
             x = draw(key_x, batch)
             return x, jnp.swapaxes(probes.rademacher(key_e, x, 1), 0, 1)
 
-        compiling = {way: measure({way: lambda: step(first, opt_state, *data(0))}, 0) for way, step in steps.items()}  # noqa: B023
+        compiling = measure({way: partial(step, first, opt_state, *data(0)) for way, step in steps.items()}, 0)
         trained = first
         for n in range(config.train_steps):
             trained, opt_state, *_ = next(iter(steps.values()))(trained, opt_state, *data(n))
         for weights, params in {"first weights": first, "trained": trained}.items():
             x, e = data(config.train_steps)
             functions: dict[str, Callable[[], Any]] = {
-                way: lambda step=step: step(params, opt_state, x, e)  # noqa: B023
-                for way, step in steps.items()
+                way: partial(step, params, opt_state, x, e) for way, step in steps.items()
             }
             agreement: dict[str, float] = {}
             nfe = 0
+            before: Callable[[], Any] = lambda: None  # noqa: E731
             if config.torch:
                 peer = Torch(config, params)
                 tensors = [peer.torch.tensor(np.asarray(array)) for array in (x, e[:, 0])]
@@ -223,13 +230,14 @@ def main(config: Config) -> dict[str, float]:
                         return peer.step(*tensors)
 
                     functions[f"torch, {threads} threads"] = theirs
-            times = measure(functions, config.repeats, before=lambda: config.torch and peer.load(params))  # noqa: B023
+                before = partial(peer.load, params)
+            times = measure(functions, config.repeats, before)
             theirs_all = [seconds for name, seconds in times.items() if name.startswith("torch")]
             best = min(theirs_all, key=lambda seconds: seconds.median, default=None)
             for name, seconds in times.items():
                 row: dict[str, Any] = {"batch": batch, "weights": weights, "way": name}
                 row |= {"ms": 1e3 * seconds.median, "gradient off": agreement.get(name)}
-                row["first call s"] = compiling[name][name].first if name in compiling else None
+                row["first call s"] = compiling[name].first if name in compiling else None
                 if best is not None:
                     speed_up = ratio(best, seconds)
                     row |= {"speed-up": speed_up.value, "quartiles": speed_up[1:], "torch nfe": nfe}

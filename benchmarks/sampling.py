@@ -8,25 +8,26 @@ Python is counted. About two minutes on two CPU cores.
 
 Two networks, the U-Net on images [8, 8, 1] and an MLP on their 64 pixels, as noise predictions on the vp path; the
 probability flow is solved from noise to data. Two ways to have a batch. ``one solve`` puts it inside one adaptive
-solve, whose steps all examples share: the one for drawing many samples, and the one held against the target. ``vmap``
-gives each example a solve with steps of its own, so that no sample depends on its neighbours; the loop runs until the
-last one is done, and so its evaluations are the largest number of any example. There the network sees one time for
-each example, and the evaluation it is measured by does too.
+solve, whose steps all examples share: the cheaper way. ``vmap`` gives each example a solve with steps of its own, so
+that no sample depends on its neighbours; the loop runs until the last one is done, and so its evaluations are the
+largest number of any example. There the network sees one time for each example, and the evaluation it is measured by
+does too.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from _timing import Ratio, bars, measure, ratio, show, write
+from jax.flatten_util import ravel_pytree
 
 from dgm_jax import networks, parameterizations, runs, schedules, solvers
 from dgm_jax.types import Array, VectorField
 
 TARGET = 1.15
-HEADLINE = "one solve"
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,8 @@ def make_network(config: Config, name: str, key: Array) -> tuple[VectorField, An
         raise ValueError(f'networks holds {name!r}, which is neither "unet" nor "mlp".')
     key_net, key_weights, key_z = jax.random.split(key, 3)
     z = jax.random.normal(key_z, (config.batch, *shape))
-    leaves, treedef = jax.tree.flatten(net.init(key_net, jnp.zeros(()), z[0]))
-    keys = jax.random.split(key_weights, len(leaves))
-    noisy = [leaf + 0.03 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    return networks.vector_field(net), treedef.unflatten(noisy), z
+    params, unflatten = ravel_pytree(net.init(key_net, jnp.zeros(()), z[0]))
+    return networks.vector_field(net), unflatten(params + 0.03 * jax.random.normal(key_weights, params.shape)), z
 
 
 def case(config: Config, name: str) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
@@ -96,9 +95,9 @@ def case(config: Config, name: str) -> tuple[dict[str, Callable[[], Any]], dict[
             return jax.lax.fori_loop(0, config.evaluations, one, (t, z))[1]
 
         jitted = jax.jit(several)
-        return lambda: jitted(t, z, params)
+        return partial(jitted, t, z, params)
 
-    functions: dict[str, Callable[[], Any]] = {way: lambda f=f: f(z, params) for way, f in ways.items()}
+    functions: dict[str, Callable[[], Any]] = {way: partial(f, z, params) for way, f in ways.items()}
     functions["evaluation for one solve"] = evaluate(jax.vmap(noise, in_axes=(None, 0, None)), jnp.asarray(0.5))
     times_each = jnp.linspace(0.1, 0.9, config.batch)
     functions["evaluation for vmap"] = evaluate(jax.vmap(noise, in_axes=(0, 0, None)), times_each)
@@ -113,7 +112,7 @@ def case(config: Config, name: str) -> tuple[dict[str, Callable[[], Any]], dict[
 
 
 def main(config: Config) -> dict[str, float]:
-    """Time both networks and both ways; print, write and draw; return the worst ratio of the headline way."""
+    """Time both networks and both ways; print, write and draw; return the worst ratio."""
     rows: list[dict[str, Any]] = []
     ratios: dict[str, Ratio] = {}
     for name in config.networks:
@@ -134,13 +133,12 @@ def main(config: Config) -> dict[str, float]:
                 }
             )
     show(
-        f"Sampling {config.batch} digits: times its network evaluations (target of {HEADLINE}: at most {TARGET})",
+        f"Sampling {config.batch} digits: times its network evaluations (target: at most {TARGET})",
         ["case", "evaluations", "one evaluation ms", "sampling ms", "ratio", "quartiles"],
         [[*list(row.values())[:5], "{:.2f}-{:.2f}".format(*row["quartiles"])] for row in rows],
     )
-    targets = {label: TARGET for label in ratios if label.endswith(HEADLINE)}
-    result = {"worst_ratio": max(ratios[label].value for label in targets), "target": TARGET}
-    bars("sampling", config, ratios, targets, "sampling time / (evaluations x time of one)")
+    result = {"worst_ratio": max(one.value for one in ratios.values()), "target": TARGET}
+    bars("sampling", config, ratios, dict.fromkeys(ratios, TARGET), "sampling time / (evaluations x time of one)")
     write("sampling", config, rows, result)
     return result
 

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax import datasets, densities, flows, networks, probes, runs, solvers, training
+from dgm_jax import datasets, densities, flows, networks, plots, probes, runs, solvers, training
 from dgm_jax.types import Array, VectorField
 
 ADJOINTS: dict[str, Any] = {
@@ -218,16 +218,16 @@ def measure(
         results |= mean_and_stderr("excess_nll", log_q - log_p)
 
     z = jax.random.normal(key, (min(config.num_test, len(shown)), d))
-    runs.plot_samples(folder / "samples.png", shown[: len(z)], sample(params, z), titles=titles)
+    plots.samples(folder / "samples.png", shown[: len(z)], sample(params, z), titles=titles)
     if d == 2:
         extent = 1.15 * float(jnp.max(jnp.abs(data.test)))
-        points = runs.grid_points(extent, config.grid)
+        points = plots.grid_points(extent, config.grid)
         log_density = log_prob(params, points.reshape(-1, 2)).reshape(config.grid, config.grid)
         true = None if data.log_true is None else jax.vmap(jax.vmap(data.log_true))(points)
-        runs.plot_density(folder / "density.png", log_density, extent=extent, reference=true)
-        lines = runs.grid_points(2.25, 31)
+        plots.density(folder / "density.png", log_density, extent=extent, reference=true)
+        lines = plots.grid_points(2.25, 169)
         frames = jnp.moveaxis(path(params, lines.reshape(-1, 2)), 0, 1).reshape(len(times), *lines.shape)
-        runs.plot_flow(folder / "flow.png", frames, times)
+        plots.flow(folder / "flow.png", frames, times, every=7)
     return results
 
 
@@ -258,8 +258,8 @@ def main(config: Config) -> dict[str, float]:
         history["loss"] -= data.table.log_det
         results["valid_nll"] = float(state.valid_nll) - data.table.log_det
     best = (results["entropy"], "entropy of the data") if "entropy" in results else None
-    runs.plot_curve(run.folder / "loss.png", history, label="training NLL (nats)", reference=best)
-    runs.plot_curve(run.folder / "nfe.png", history, "nfe", label="evaluations in a training solve")
+    plots.curve(run.folder / "loss.png", history, label="training NLL (nats)", reference=best)
+    plots.curve(run.folder / "nfe.png", history, "nfe", label="evaluations in a training solve")
     results["training_nfe"] = float(np.mean(history["nfe"][-100:]))
     results |= {"seconds_training": trained - clock, "seconds": time.perf_counter() - clock}
     return runs.write_metrics(run, results)

@@ -25,7 +25,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax import datasets, flows, metrics, networks, probes, runs, schedules, score_matching, sdes, solvers, training
+from dgm_jax import (
+    datasets,
+    flows,
+    metrics,
+    networks,
+    plots,
+    probes,
+    runs,
+    schedules,
+    score_matching,
+    sdes,
+    solvers,
+    training,
+)
 from dgm_jax.types import Array, Schedule, VectorField
 
 Name = Literal[
@@ -266,7 +279,7 @@ def draw(run: runs.Run, data: Data, samples: dict[str, Array], path: tuple[Array
     """Pictures of samples beside data, and of images also a strip of denoising."""
     if data.dequantization is None:
         for name, x in samples.items():
-            runs.plot_samples(run.folder / f"samples_{name}.png", data.test, x, titles=("data", name))
+            plots.samples(run.folder / f"samples_{name}.png", data.test, x, titles=("data", name))
         return
     grids = [np.asarray(metrics.quantize(x, data.dequantization)) for x in (*samples.values(), data.test)]
     top, side = data.dequantization.levels - 1, min(8, *(math.isqrt(len(grid)) for grid in grids))
@@ -275,14 +288,12 @@ def draw(run: runs.Run, data: Data, samples: dict[str, Array], path: tuple[Array
     wall = np.concatenate([blocks[0], gap, blocks[1], gap, blocks[2]], axis=1)
     title = "reverse SDE   |   probability flow   |   real test images"
     wall = wall.reshape(-1, *wall.shape[2:])
-    runs.plot_images(run.folder / "samples.png", wall, high=top, columns=3 * side + 2, title=title)
+    plots.images(run.folder / "samples.png", wall, high=top, columns=3 * side + 2, title=title)
     times, states = path
     last = times.shape[1] - 1
     shown = np.unique((last * (1 - np.linspace(1, 0, 11) ** 2)).round().astype(int))  # most of it happens late
     title = "samples of the reverse SDE on their way"
-    runs.plot_denoising(
-        run.folder / "denoising.png", states[:, shown], times[0, shown], low=-1.0, high=1.0, title=title
-    )
+    plots.denoising(run.folder / "denoising.png", states[:, shown], times[0, shown], low=-1.0, high=1.0, title=title)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -323,7 +334,7 @@ def main(config: Config) -> dict[str, Any]:
     if config.data in KNOWN:  # the true NLL of the same points
         truth["true_nll_nats"] = -float(jnp.mean(jax.vmap(datasets.log_density(config.data))(data.test)))
     draw(run, data, samples, model.path(params, keys[:6], z[:6]))
-    runs.plot_curve(run.folder / "loss.png", history, label="denoising loss per dimension")
+    plots.curve(run.folder / "loss.png", history, label="denoising loss per dimension")
     clock("judging_and_drawing", None)
     results = {
         "final_loss": float(np.mean(history["loss"][-100:])),

@@ -14,7 +14,7 @@ FLOORS = [
     {"probes", "schedules"},
     {"densities", "divergence", "sdes", "parameterizations", "solvers"},
     {"flows", "score_matching", "metrics"},
-    {"networks", "training", "datasets", "runs"},
+    {"networks", "training", "datasets", "plots", "runs"},
 ]
 FLOOR = {module: level for level, modules in enumerate(FLOORS) for module in modules}
 
@@ -26,7 +26,7 @@ ROOMS = {
     "orbax": {"runs"},
     "tyro": {"runs"},
     "rich": {"runs"},
-    "matplotlib": {"runs"},
+    "matplotlib": {"plots"},
     "sklearn": {"datasets"},
     "equinox": set(),
     "scipy": set(),

@@ -64,7 +64,7 @@ def eight_gaussians_density() -> densities.Mixture:
     Returns:
         Mixture of eight components in two dimensions, in JAX's default float.
 
-    Source: Grathwohl et al. (2019), FFJORD, section 5.1; scale of the authors' toy data (which round sqrt 2 to 1.414).
+    Source: Grathwohl et al. (2019), FFJORD, section 4.1; scale of the authors' toy data (which round sqrt 2 to 1.414).
     """
     radius = 4 / math.sqrt(2)
     angles = [k * math.pi / 4 for k in range(8)]
@@ -85,7 +85,7 @@ def eight_gaussians(key: Array, num: int) -> Array:
     Returns:
         Points ``[num, 2]``.
 
-    Source: Grathwohl et al. (2019), FFJORD, section 5.1.
+    Source: Grathwohl et al. (2019), FFJORD, section 4.1.
     """
     return densities.sample(_checks.typed_key(key), eight_gaussians_density(), _num(num))
 
@@ -102,7 +102,7 @@ def checkerboard(key: Array, num: int) -> Array:
     Returns:
         Points ``[num, 2]``.
 
-    Source: Grathwohl et al. (2019), FFJORD, section 5.1.
+    Source: Grathwohl et al. (2019), FFJORD, section 4.1.
     """
     key_square, key_inside = jax.random.split(_checks.typed_key(key))
     square = jax.random.randint(key_square, (_num(num),), 0, 8)
@@ -124,7 +124,7 @@ def two_spirals(key: Array, num: int) -> Array:
     Returns:
         Points ``[num, 2]``.
 
-    Source: Grathwohl et al. (2019), FFJORD, section 5.1.
+    Source: Grathwohl et al. (2019), FFJORD, section 4.1.
     """
     key_turn, key_jitter, key_side, key_noise = jax.random.split(_checks.typed_key(key), 4)
     turn = 3 * math.pi * jnp.sqrt(jax.random.uniform(key_turn, (_num(num), 1)))
@@ -167,7 +167,7 @@ def rings(key: Array, num: int) -> Array:
     Returns:
         Points ``[num, 2]``.
 
-    Source: Grathwohl et al. (2019), FFJORD, section 5.1.
+    Source: Grathwohl et al. (2019), FFJORD, section 4.1.
     """
     key_ring, key_angle, key_noise = jax.random.split(_checks.typed_key(key), 3)
     angle = 2 * math.pi * jax.random.uniform(key_angle, (_num(num), 1))

@@ -304,7 +304,7 @@ def mean(density: Mixture) -> Array:
     Raises:
         ValueError: for a density that is not one.
 
-    Source: Bishop (2006), exercise 9.18.
+    Source: Bishop (2006), exercise 9.12.
     """
     density = _check(density)
     return jnp.einsum("k,ki->i", density.weights, density.means, precision=_HIGHEST)
@@ -324,7 +324,7 @@ def covariance(density: Mixture) -> Array:
     Raises:
         ValueError: for a density that is not one.
 
-    Source: Bishop (2006), exercise 9.18.
+    Source: Bishop (2006), exercise 9.12.
     """
     density = _check(density)
     offset = density.means - mean(density)[None]

@@ -137,12 +137,12 @@ def cli(
 
 
 def _meant_for_user(error: BaseException) -> bool:
-    """Whether the error was raised on purpose, by this module or by ``datasets``, for a person to act upon."""
+    """Whether the error was raised on purpose, by a module that speaks to the person at the command line."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    here = Path(__file__).parent
-    return trace is not None and Path(trace.tb_frame.f_code.co_filename) in (here / "runs.py", here / "datasets.py")
+    speaking = [Path(__file__).with_name(f"{name}.py") for name in ("runs", "plots", "datasets", "training")]
+    return trace is not None and Path(trace.tb_frame.f_code.co_filename) in speaking
 
 
 # -------------------------------------------------------------------------------------------------- run folder

@@ -248,7 +248,7 @@ def log_snr(schedule: Schedule, t: Array) -> Array:
     Raises:
         TypeError: when t is not made of floats.
 
-    Source: Kingma et al. (2021), equation 3 and section 3.2.
+    Source: Kingma et al. (2021), equation 2 (the ratio itself) and section 3.2.
     """
     t = floating("t", t)
     return 2.0 * schedule.log_alpha(t) - jnp.log(schedule.variance(t))

@@ -102,9 +102,9 @@ def ornstein_uhlenbeck(rate: float | Array = 1.0, mean: float | Array = 0.0, noi
     Stochastic Methods", section 4.4.4.
     """
     if concrete(rate) and not np.all(np.asarray(rate) > 0):
-        raise ValueError(f"rate must be positive, got {rate}.")
+        raise ValueError(f"rate must be positive, got {rate}: without a pull there is no mean to return to.")
     if concrete(noise) and not np.all(np.asarray(noise) >= 0):
-        raise ValueError(f"noise must be at least 0, got {noise}.")
+        raise ValueError(f"noise must be at least 0, got {noise}: it is a scale, whose sign means nothing.")
 
     def fit(name: str, value: float | Array, x: Array) -> Array:
         array = jnp.asarray(value, x.dtype)

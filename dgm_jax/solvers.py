@@ -63,7 +63,8 @@ class Solution(NamedTuple):
     Attributes:
         x: the state at t1, like ``x0``; NaN where ``status`` is not ``OK``.
         status: ``OK``, ``NONFINITE``, ``MAX_STEPS``, ``STEP_UNDERFLOW`` or ``FAILED`` ``[]``, int32.
-        t: the time reached ``[]``: t1, or where the solve stopped.
+        t: the time reached ``[]``: t1, or where the solve stopped; where ``ts`` were asked for, the last of them (or
+            t0) before it stopped.
         last: the state at ``t``, like ``x0``. For diagnosis: unlike ``x`` it is not NaN after a failure.
         nfe: evaluations of the field ``[]``, int32; -1 for a solver whose count is not known, such as an
             implicit one. Under ``vmap`` every example has its own; what was paid is their maximum.
@@ -331,7 +332,7 @@ def solve_sde(
         stepsize_controller=diffrax.ConstantStepSize() if stepsize_controller is None else stepsize_controller,
         dt0=step,
         adjoint=diffrax.DirectAdjoint() if adjoint is None else adjoint,
-        max_steps=max_steps or default_max_steps,
+        max_steps=default_max_steps if max_steps is None else max_steps,
     )
     solution = solution._replace(t=t0 + direction * solution.t, ts=ts)
     if throw:
@@ -530,6 +531,8 @@ def _diffeqsolve(
     max_steps: int,
 ) -> Solution:
     """Diffrax's solve, with its outcome turned into a ``Solution``."""
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}: the default for ODEs is 4096.")
     if ts is None:
         saveat = diffrax.SaveAt(t1=True)
     else:
@@ -557,7 +560,8 @@ def _diffeqsolve(
     t = jnp.max(jnp.where(reached, jnp.abs(solution.ts - t0), 0.0)) * jnp.sign(t1 - t0) + t0
     t = jnp.where(solution.result == diffrax.RESULTS.successful, t1, t)
     latest = jnp.maximum(jnp.sum(reached) - 1, 0)
-    last = jax.tree.map(lambda saved: saved[latest], solution.ys)
+    # a solve that stopped before the first of ts saved nothing
+    last = jax.tree.map(lambda saved, start: jnp.where(jnp.any(reached), saved[latest], start), solution.ys, x0)
     status = _status(solution, x0, last)
     x = jax.tree.map(lambda saved: jnp.where(status == OK, saved[-1], jnp.nan), solution.ys)
     num_steps = jnp.asarray(solution.stats["num_steps"], jnp.int32)

@@ -206,7 +206,7 @@ def measure(
     shown: Any = data.test if data.table is None else data.table.train
     if data.table is not None:
         log_det, titles = data.table.log_det, ("data, standardised", "samples, standardised")
-        gaussian = densities.gaussian(jnp.mean(shown, 0), jnp.cov(shown.T, ddof=0))
+        gaussian = densities.gaussian(jnp.mean(shown, 0), jnp.atleast_2d(jnp.cov(shown.T, ddof=0)))
         log_q = jax.vmap(lambda x: densities.log_prob(gaussian, x))(data.test)
         results = mean_and_stderr("test_nll", -(log_p + log_det)) | mean_and_stderr("gaussian_nll", -(log_q + log_det))
         results |= mean_and_stderr("gain_over_gaussian", log_p - log_q)
@@ -218,7 +218,8 @@ def measure(
         results |= mean_and_stderr("excess_nll", log_q - log_p)
 
     z = jax.random.normal(key, (min(config.num_test, len(shown)), d))
-    plots.samples(folder / "samples.png", shown[: len(z)], sample(params, z), titles=titles)
+    if d > 1:
+        plots.samples(folder / "samples.png", shown[: len(z)], sample(params, z), titles=titles)
     if d == 2:
         extent = 1.15 * float(jnp.max(jnp.abs(data.test)))
         points = plots.grid_points(extent, config.grid)

@@ -1,5 +1,6 @@
 """The script experiments/ffjord.py: its loss against a linear flow, its numbers against closed form, its resuming."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dgm_jax import datasets
+from dgm_jax import datasets, runs
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "ffjord.py"
 TINY = {"num_steps": 4, "width": 4, "depth": 1, "batch_size": 16, "num_test": 50, "grid": 5, "valid_every": 2,
@@ -102,6 +103,21 @@ def test_a_table_is_measured_in_its_own_units(ffjord, tmp_path):
     assert results["gain_over_gaussian"] == pytest.approx(results["gaussian_nll"] - results["test_nll"], abs=1e-9)
     assert results["valid_nll"] < 30
     assert not (out / "density.png").exists()
+
+
+def test_help_explains_every_option(ffjord, capsys):
+    with pytest.raises(SystemExit):
+        runs.cli(ffjord.main, ffjord.Config, args=["--help"])
+    helped = capsys.readouterr().out
+    for field in dataclasses.fields(ffjord.Config):
+        assert f"--{field.name.replace('_', '-')}" in helped
+
+
+@SLOW
+def test_a_table_of_one_column(ffjord, tmp_path):
+    np.save(tmp_path / "one.npy", np.random.Generator(np.random.PCG64(0)).normal(3.0, 2.0, size=(200, 1)))
+    results = ffjord.main(ffjord.Config(out=str(tmp_path / "run"), data=str(tmp_path / "one.npy"), **TINY))
+    assert results["gaussian_nll"] == pytest.approx(0.5 * np.log(2 * np.pi * np.e * 4), abs=0.5)
 
 
 def test_data_that_are_not_there(ffjord, tmp_path):

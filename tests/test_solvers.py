@@ -73,6 +73,15 @@ def test_backwards_in_time_and_saved_times():
     assert float(solution.t) == 0.2
 
 
+def test_a_failure_before_the_first_saved_time_keeps_its_cause():
+    solution = solvers.solve_ode(decay, X0, t0=0.0, t1=1.0, ts=jnp.array([0.9]), max_steps=2, throw=False)
+    assert int(solution.status) == solvers.MAX_STEPS
+    assert float(solution.t) == 0.0
+    chex.assert_trees_all_equal(solution.last, X0)
+    assert jnp.all(jnp.isnan(solution.x))
+    assert jnp.all(jnp.isnan(solution.xs))
+
+
 def test_pytree_state():
     state = {"x": X0, "y": (jnp.asarray(2.0),)}
     solved = solvers.odeint(lambda t, s, a: {"x": a @ s["x"], "y": (-s["y"][0],)}, state, A, t0=0.0, t1=1.0, **TIGHT)
@@ -227,6 +236,7 @@ def test_parameters_in_a_closure_under_backsolve_say_where_to_put_them(transform
         ({"dt0": 0.0}, ValueError, "dt0 must be positive"),
         ({"dt0": -0.1}, ValueError, "dt0 must be positive"),
         ({"rtol": 0.0}, ValueError, "rtol must be positive"),
+        ({"max_steps": 0}, ValueError, "max_steps must be at least 1"),
         ({"field": lambda t, x, a: x[:1]}, ValueError, "the field must return what it is given"),
         ({"x0": {"a": jnp.ones(2, jnp.float32), "b": jnp.ones(2)}}, TypeError, "one float dtype"),
         ({"adjoint": diffrax.ImplicitAdjoint()}, ValueError, "DirectAdjoint"),

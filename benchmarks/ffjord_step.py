@@ -3,7 +3,7 @@
     pip install "dgm-jax[bench]" --extra-index-url https://download.pytorch.org/whl/cpu
     python benchmarks/ffjord_step.py
 
-Target: at least 6 times at batch 64 and 2.5 times at batch 512, on a CPU. About four minutes on two cores.
+Target: at least 6 times at batch 64 and 2.5 times at batch 512, on a CPU. About eight minutes on two cores.
 
 A step is loss, gradient and Adam update: -mean log p of eight gaussians, an MLP of 3 x 64 tanh, one Rademacher probe,
 both tolerances 1e-5, float32. Here Tsit5, there dopri5 in ``odeint_adjoint`` with its own defaults; same weights, same

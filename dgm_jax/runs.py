@@ -211,18 +211,17 @@ def open_run(config: Any, *, keep: int = 3, may_differ: Collection[str] = ()) ->
                 f"{path} cannot be read ({error}): start a new run in another folder with --out."
             ) from error
         _same_config(run, {k: v for k, v in written.items() if k not in free}, str(path))
-    else:
-        if resume:
-            say(f"nothing to resume in {run.folder}: starting from the beginning.")
-        devices = jax.devices()
-        environment = {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "devices": f"{len(devices)} x {devices[0].device_kind}",
-            "processes": jax.process_count(),
-        }
-        run.folder.mkdir(parents=True, exist_ok=True)
-        _write_json(path, {"config": everything, "environment": environment})
+    elif resume:
+        say(f"nothing to resume in {run.folder}: starting from the beginning.")
+    devices = jax.devices()
+    environment = {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+    run.folder.mkdir(parents=True, exist_ok=True)
+    _write_json(path, {"config": everything, "environment": environment})
     return run
 
 
@@ -320,7 +319,7 @@ class Restored(NamedTuple):
     Attributes:
         state: as it was saved, to the bit, placed on devices as the state it was restored like.
         step: how many steps had been taken.
-        history: name to ``[step]`` float64 arrays (on process 0; empty elsewhere).
+        history: name to ``[step]`` float64 arrays.
     """
 
     state: Any
@@ -487,6 +486,7 @@ def restore(run: Run, like: Any) -> Restored | None:
         found, step = bool(status[0]), int(status[2])
         if found:
             values = _broadcast(values, spec)
+            history = _broadcast_history(history)
     if not found:
         return None
     leaves = [_place(value, leaf) for value, leaf in zip(values, jax.tree.leaves(like), strict=True)]
@@ -548,6 +548,16 @@ def _broadcast(values: list[np.ndarray], spec: list[list[Any]]) -> list[np.ndarr
     cuts = np.cumsum([f.size for f in flat])[:-1]
     parts = np.split(np.asarray(together, np.uint8), cuts)
     return [part.copy().view(like.dtype).reshape(like.shape) for part, like in zip(parts, likes, strict=True)]
+
+
+def _broadcast_history(history: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Process 0's history on every process: its names and lengths first, then the numbers."""
+    about = json.dumps({name: len(values) for name, values in history.items()}).encode()
+    size = multihost_utils.broadcast_one_to_all(np.asarray(len(about), np.int32))
+    text = np.frombuffer(about, np.uint8) if jax.process_index() == 0 else np.zeros(int(size), np.uint8)
+    lengths = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text), np.uint8).tobytes())
+    spec = [[name, (length,), "float64"] for name, length in lengths.items()]
+    return dict(zip(lengths, _broadcast([history[name] for name in lengths] if history else [], spec), strict=True))
 
 
 def _place(value: np.ndarray, like: Any) -> Any:

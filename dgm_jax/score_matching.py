@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from dgm_jax import schedules
 from dgm_jax._checks import floating, one_time
 from dgm_jax.types import Args, Array, Schedule, VectorField
 
@@ -87,7 +88,7 @@ def denoising(
         )
     if noise.dtype != x0.dtype:
         raise TypeError(f"noise has dtype {noise.dtype} and x0 {x0.dtype}: draw it in x0.dtype.")
-    alpha, variance = jnp.exp(schedule.log_alpha(t)), schedule.variance(t)
+    alpha, variance = schedules.alpha(schedule, t), schedule.variance(t)
     sigma = jnp.sqrt(variance)
     x_t = alpha * x0 + sigma * noise
     s = _evaluate("score", score, t, x_t, args)

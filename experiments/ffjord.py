@@ -67,7 +67,8 @@ class Config:
     """Rademacher probes of hutchinson, for each example."""
     adjoint: Literal["recursive_checkpoint", "backsolve", "direct"] = "backsolve"
     """Gradients by backpropagation through the solver with few of its states kept, exact for what was computed; by the
-    adjoint ODE solved backwards, in half the time and constant memory; or by backpropagation with a bounded loop."""
+    adjoint ODE solved backwards, in half the time and constant memory; or by backpropagation with a bounded loop.
+    (Diffrax's other two, implicit and forward mode, give no gradient of a loss through time.)"""
     rtol: float = 1e-3
     """Relative tolerance of the training solve."""
     atol: float = 1e-3
@@ -124,12 +125,21 @@ def load(config: Config, key: Array, mesh: Any) -> Data:
         log_true = datasets.log_density(config.data) if config.data in KNOWN else None
         return Data(draw, sample(key_test, config.num_test), log_true)
 
-    if "." not in config.data:
-        datasets.two_d(config.data)  # an unknown name: says which there are
+    if not config.data.endswith((".npy", ".csv")):
+        names = ", ".join(datasets.TWO_D)
+        raise ValueError(f"data is {config.data!r}, expected one of {names}, or the path of a .npy or .csv file.")
     table = datasets.split_table(datasets.load_table(config.data, drop=config.drop), config.seed)
     for column, values in enumerate(table.train.T):
         if (distinct := len(np.unique(values))) <= min(20, len(values) // 2):
             runs.say(f"column {column} of those used has {distinct} distinct values and so no density: --drop it.")
+    if len(table.test) < 2 or len(table.train) <= table.train.shape[1]:
+        raise ValueError(
+            f"{config.data} has too few rows: {len(table.train)} to train on and {len(table.test)} to test."
+        )
+    if np.linalg.eigvalsh(np.atleast_2d(np.cov(table.train.T)))[0] < 1e-6:
+        raise ValueError(
+            f"{config.data} has columns that are linear in others, so no density: leave one out by --drop."
+        )
     train, valid, test = (np.asarray(jnp.asarray(part, float)) for part in table[:3])  # in JAX's default float
     size = min(config.batch_size, len(train) // mesh.size * mesh.size)
     mine = training.local_rows(mesh, size)
@@ -234,7 +244,8 @@ def measure(
 
 def main(config: Config) -> dict[str, float]:
     """Trains, measures and draws; returns what metrics.json holds."""
-    run, clock = runs.open_run(config), time.perf_counter()
+    measuring = ("num_test", "grid", "test_rtol", "test_atol")  # may change when a run is resumed
+    run, clock = runs.open_run(config, may_differ=measuring), time.perf_counter()
     key_params, key_train, key_data, key_test = jax.random.split(jax.random.key(config.seed), 4)
     mesh = training.mesh()
     data = load(config, key_data, mesh)

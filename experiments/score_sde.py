@@ -300,7 +300,8 @@ def main(config: Config) -> dict[str, Any]:
     """Trains, samples, measures, draws; returns what metrics.json holds."""
     began = time.perf_counter()
     mesh = training.mesh()
-    key_data, key_net, key_train, key_sample, key_probe = jax.random.split(jax.random.key(config.seed), 5)
+    key_data, key_net, key_train, *keys_after = jax.random.split(jax.random.key(config.seed), 7)
+    key_sample, key_noise, key_probe, key_judge = keys_after
     data = load(config, key_data, mesh)
     run = runs.open_run(config, may_differ=MEASURING)
     schedule = {"vp": schedules.vp, "ve": schedules.ve, "sub_vp": schedules.sub_vp}[config.sde]()
@@ -325,12 +326,12 @@ def main(config: Config) -> dict[str, Any]:
         return value
 
     model, num = make_model(score, schedule, config), config.num_samples
-    keys, z = jax.random.split(key_sample, num), jax.random.normal(key_sample, (num, *event))
+    keys, z = jax.random.split(key_sample, num), jax.random.normal(key_noise, (num, *event))
     samples = {"sde": clock("sampling_sde", model.sde(params, keys, z))}
     samples["flow"], evaluations = clock("sampling_flow", model.flow(params, z))
     test = data.test, jax.random.split(key_probe, len(data.test))
     found = clock("likelihood", model.likelihood(params, test[1], test[0]))
-    results, truth = judge_samples(data, samples, key_probe), {}
+    results, truth = judge_samples(data, samples, key_judge), {}
     if config.data in KNOWN:  # the true NLL of the same points
         truth["true_nll_nats"] = -float(jnp.mean(jax.vmap(datasets.log_density(config.data))(data.test)))
     draw(run, data, samples, model.path(params, keys[:6], z[:6]))

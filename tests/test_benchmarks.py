@@ -43,7 +43,7 @@ def test_measure_takes_turns_and_a_ratio_is_of_medians(load):
     times = timing.measure(
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, lambda: order.append("-")
     )
-    assert "".join(order) == "-a-b" + "-a-b" + "-b-a" + "-a-b"
+    assert "".join(order) == "-a-b" + "-a-a-b-b" + "-b-b-a-a" + "-a-a-b-b"
     assert times["a"].rounds.shape == (3,)
     over, under = (timing.Seconds(9.0, np.array(rounds)) for rounds in ([4.0, 6.0, 80.0], [1.0, 2.0, 10.0]))
     assert timing.ratio(over, under, scale=2.0) == pytest.approx((1.5, 1.75, 3.0))

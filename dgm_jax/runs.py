@@ -589,7 +589,9 @@ def train(
     state_(n+1), metrics_n = step(state_n, key, batch(n)),  n = 0 .. num_steps - 1.
 
     The host waits for the device once in ``log_every`` steps, or once a second. An interrupt (Ctrl-C) or SIGTERM saves
-    a checkpoint after the step under way and says how to continue; a second Ctrl-C stops at once.
+    a checkpoint after the step under way and says how to continue; a second Ctrl-C stops at once. On many processes a
+    signal has to reach all of them, and where it finds them at different steps the last regular checkpoint is what
+    stays.
 
     Args:
         step: ``(state, key, batch) -> (state, metrics)``, jitted by the caller: ``training.step``, or any function

@@ -123,7 +123,7 @@ def cli(
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
-        if os.environ.get("DGM_JAX_TRACEBACK") or not _meant_for_user(error):
+        if os.environ.get("DGM_JAX_TRACEBACK") or not _meant_for_user(error, main):
             raise
         say(f"error: {error}")
         raise SystemExit(1) from None
@@ -136,13 +136,17 @@ def cli(
     return results
 
 
-def _meant_for_user(error: BaseException) -> bool:
-    """Whether the error was raised on purpose, by a module that speaks to the person at the command line."""
+def _meant_for_user(error: BaseException, main: Callable[..., Any]) -> bool:
+    """Whether the script of ``main``, or a module that speaks to the person at the command line, raised it on purpose."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     speaking = [Path(__file__).with_name(f"{name}.py") for name in ("runs", "plots", "datasets", "training")]
-    return trace is not None and Path(trace.tb_frame.f_code.co_filename) in speaking
+    if trace is None:
+        return False
+    file = trace.tb_frame.f_code.co_filename
+    script = getattr(getattr(main, "__code__", None), "co_filename", None)
+    return Path(file) in speaking or (file == script and isinstance(error, ValueError | FloatingPointError))
 
 
 # -------------------------------------------------------------------------------------------------- run folder

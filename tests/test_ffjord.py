@@ -122,10 +122,17 @@ def test_a_table_of_one_column(ffjord, tmp_path):
 
 def test_data_that_are_not_there(ffjord, tmp_path):
     options = {"out": str(tmp_path / "run"), **TINY}
-    with pytest.raises(ValueError, match="unknown 2-D data set 'nine_gaussians': choose one of eight_gaussians"):
+    with pytest.raises(ValueError, match="data is 'nine_gaussians', expected one of eight_gaussians"):
         ffjord.main(ffjord.Config(data="nine_gaussians", **options))
     with pytest.raises(FileNotFoundError, match="no such file"):
         ffjord.main(ffjord.Config(data=str(tmp_path / "missing.npy"), **options))
+    rows = np.random.Generator(np.random.PCG64(0)).normal(size=(40, 2))
+    np.save(tmp_path / "twice.npy", np.concatenate([rows, rows[:, :1]], 1))
+    with pytest.raises(ValueError, match="linear in others.*--drop"):
+        ffjord.main(ffjord.Config(data=str(tmp_path / "twice.npy"), **options))
+    np.save(tmp_path / "few.npy", rows[:8])
+    with pytest.raises(ValueError, match="too few rows"):
+        ffjord.main(ffjord.Config(data=str(tmp_path / "few.npy"), **options))
 
 
 @SLOW

@@ -137,7 +137,7 @@ def cli(
 
 
 def _meant_for_user(error: BaseException, main: Callable[..., Any]) -> bool:
-    """Whether the script of ``main``, or a module that speaks to the person at the command line, raised it on purpose."""
+    """Whether it was raised on purpose, by the script or by a module that speaks to the person at the command line."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

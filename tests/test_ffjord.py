@@ -128,7 +128,7 @@ def test_data_that_are_not_there(ffjord, tmp_path):
         ffjord.main(ffjord.Config(data=str(tmp_path / "missing.npy"), **options))
     rows = np.random.Generator(np.random.PCG64(0)).normal(size=(40, 2))
     np.save(tmp_path / "twice.npy", np.concatenate([rows, rows[:, :1]], 1))
-    with pytest.raises(ValueError, match="linear in others.*--drop"):
+    with pytest.raises(ValueError, match=r"linear in others.*--drop"):
         ffjord.main(ffjord.Config(data=str(tmp_path / "twice.npy"), **options))
     np.save(tmp_path / "few.npy", rows[:8])
     with pytest.raises(ValueError, match="too few rows"):

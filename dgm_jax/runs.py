@@ -34,6 +34,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import linecache
 import math
 import os
 import platform
@@ -137,16 +138,18 @@ def cli(
 
 
 def _meant_for_user(error: BaseException, main: Callable[..., Any]) -> bool:
-    """Whether it was raised on purpose, by the script or by a module that speaks to the person at the command line."""
+    """Whether it was raised on purpose: by a module that speaks to the person at the command line, or by a ``raise``
+    in the script itself, not by something that the script called or computed."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    speaking = [Path(__file__).with_name(f"{name}.py") for name in ("runs", "plots", "datasets", "training")]
     if trace is None:
         return False
     file = trace.tb_frame.f_code.co_filename
+    if Path(file) in [Path(__file__).with_name(f"{name}.py") for name in ("runs", "plots", "datasets", "training")]:
+        return True
     script = getattr(getattr(main, "__code__", None), "co_filename", None)
-    return Path(file) in speaking or (file == script and isinstance(error, ValueError | FloatingPointError))
+    return file == script and linecache.getline(file, trace.tb_lineno).lstrip().startswith("raise ")
 
 
 # -------------------------------------------------------------------------------------------------- run folder

@@ -516,10 +516,17 @@ def test_cli_shows_results_and_errors(script, tmp_path, capfd, monkeypatch):
         runs.cli(refused, script.Config, args=[])
     monkeypatch.delenv("DGM_JAX_TRACEBACK")
 
-    def bug(config):
-        raise ValueError("a bug of the script")
+    def said(config):
+        raise ValueError("said by the script")
 
-    with pytest.raises(ValueError, match="a bug"):
+    with pytest.raises(SystemExit):
+        runs.cli(said, script.Config, args=[])
+    assert capfd.readouterr().err.startswith("error: said by the script")
+
+    def bug(config):
+        return {"sum": np.zeros(2) + np.zeros(3)}
+
+    with pytest.raises(ValueError, match="broadcast"):
         runs.cli(bug, script.Config, args=[])
 
     def interrupted(config):

@@ -135,10 +135,13 @@ class MLP(nn.Module):
                     width, use_bias=False, kernel_init=init or _LECUN, param_dtype=self.param_dtype, name=f"{name}_time"
                 )
                 return new + time(embedding)
-            weights = self.param(
-                f"{name}_time", init or nn.initializers.normal((h.shape[0] + 1) ** -0.5), (width,), self.param_dtype
-            )
-            return new + t * weights
+
+            def time_row(key: Array) -> Array:  # of the matrix that would act on h with t appended
+                if init is None:
+                    return nn.initializers.normal((h.shape[0] + 1) ** -0.5)(key, (width,), self.param_dtype)
+                return init(key, (h.shape[0] + 1, width), self.param_dtype)[-1]
+
+            return new + t * self.param(f"{name}_time", time_row)
 
         h = x
         for index, width in enumerate(self.features):

@@ -42,6 +42,13 @@ def test_mlp_is_the_network_with_time_appended_to_every_layer():
     np.testing.assert_allclose(field(t, x, params), h, atol=1e-14)
 
 
+def test_any_matrix_initializer_serves_the_last_layer():
+    net = networks.MLP(features=(8,), last_init=nn.initializers.lecun_normal(), param_dtype=jnp.float64)
+    params = net.init(jax.random.key(0), jnp.zeros(()), jnp.zeros(3))["params"]
+    assert params["last_time"].shape == (3,)
+    assert float(jnp.abs(params["last_time"]).min()) > 0
+
+
 def test_residual_mlp_with_silenced_layers_passes_its_input_on():
     net = networks.MLP(features=(3, 3), residual=True, time_features=4, param_dtype=jnp.float64)
     field, params, t, x = built(net, (3,))

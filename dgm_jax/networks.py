@@ -36,7 +36,7 @@ from flax import linen as nn
 from dgm_jax import _checks
 from dgm_jax.types import Array, VectorField
 
-__all__ = ["MLP", "UNet", "sinusoidal_features", "vector_field"]
+__all__ = ["MLP", "UNet", "conditional", "sinusoidal_features", "vector_field"]
 
 
 def vector_field(net: nn.Module, *, precision: str | None = None) -> VectorField:
@@ -55,6 +55,26 @@ def vector_field(net: nn.Module, *, precision: str | None = None) -> VectorField
     def field(t: Array, x: Array, args: Any) -> Array:
         with jax.default_matmul_precision(precision) if precision else nullcontext():
             return cast(Array, net.apply(args, t, x))
+
+    return field
+
+
+def conditional(net: nn.Module, *, precision: str | None = None) -> VectorField:
+    """A Flax linen module that is shown a label as a vector field, f(t, x, (params, y)) = net.apply(params, t, x, y).
+
+    Args:
+        net: a linen module called as ``net(t [], x [*event], y []) -> [*event]``, an :class:`MLP` or :class:`UNet` with
+            ``num_classes`` among them.
+        precision: as in :func:`vector_field`.
+
+    Returns:
+        ``(t [], x [*event], (params, y)) -> [*event]``. A y of ``num_classes`` means that there is no label.
+    """
+
+    def field(t: Array, x: Array, args: Any) -> Array:
+        params, y = args
+        with jax.default_matmul_precision(precision) if precision else nullcontext():
+            return cast(Array, net.apply(params, t, x, y))
 
     return field
 
@@ -101,13 +121,16 @@ class MLP(nn.Module):
         time_features: 0 for t itself, or how many sines and cosines of it; even.
         max_frequency: of those, in radians per unit of time.
         residual: h_l = h_(l-1) + act(...) where the widths agree.
+        num_classes: where not 0, the network is called as ``net(t, x, y)`` with a label y [], an integer in 0 ..
+            num_classes - 1, or num_classes itself for "no label"; its embedding joins that of the time.
         out_features: width of the output; ``None`` for that of x.
         last_init: initializer of the last layer's matrix and time weights.
         param_dtype: of the parameters; x must have the same.
 
     Raises:
-        TypeError: x is not of floats, or not of ``param_dtype``.
-        ValueError: x is not one example [d], or t not a scalar.
+        TypeError: x is not of floats, or not of ``param_dtype``; y is missing, uncalled for or not an integer.
+        ValueError: ``num_classes`` without ``time_features``; y is outside 0 .. num_classes (where it is a tracer, the
+            result is NaN); x is not one example [d], or t not a scalar.
 
     Source: Grathwohl et al. (2019), "FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative
     Models", whose layers see the time likewise.
@@ -118,15 +141,18 @@ class MLP(nn.Module):
     time_features: int = 0
     max_frequency: float = 100.0
     residual: bool = False
+    num_classes: int = 0
     out_features: int | None = None
     last_init: Callable[..., Array] = nn.initializers.zeros
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, t: Array, x: Array) -> Array:
-        """The field at t [] and x [d]: [d], or [out_features]."""
+    def __call__(self, t: Array, x: Array, y: Array | None = None) -> Array:
+        """The field at t [] and x [d], given the label y [] if there are classes: [d], or [out_features]."""
         t, x = _inputs(t, x, ("d",), self.param_dtype)
-        embedding = _embedding(self, t) if self.time_features else None
+        if (self.num_classes or y is not None) and not self.time_features:
+            raise ValueError("a label y needs time_features > 0, got 0: its embedding joins that of the time.")
+        embedding = _embedding(self, t, y) if self.time_features else None
 
         def layer(h: Array, width: int, name: str, init: Callable[..., Array] | None = None) -> Array:
             new = nn.Dense(width, kernel_init=init or _LECUN, param_dtype=self.param_dtype, name=name)(h)
@@ -170,11 +196,14 @@ class UNet(nn.Module):
             divides both.
         time_features: sines and cosines of the time; even.
         max_frequency: of those, in radians per unit of time.
+        num_classes: where not 0, the network is called as ``net(t, x, y)`` with a label y [], an integer in 0 ..
+            num_classes - 1, or num_classes itself for "no label"; its embedding joins that of the time.
         param_dtype: of the parameters; x must have the same.
 
     Raises:
-        TypeError: x is not of floats, or not of ``param_dtype``.
-        ValueError: x is not one image [h, w, c], or t not a scalar.
+        TypeError: x is not of floats, or not of ``param_dtype``; y is missing, uncalled for or not an integer.
+        ValueError: y is outside 0 .. num_classes (where it is a tracer, the result is NaN); x is not one image
+            [h, w, c], or t not a scalar.
 
     Source: Ho et al. (2020), "Denoising Diffusion Probabilistic Models", appendix B; Dhariwal & Nichol (2021),
     "Diffusion Models Beat GANs on Image Synthesis", section 3 (the time as scale and shift).
@@ -186,13 +215,14 @@ class UNet(nn.Module):
     groups: int = 8
     time_features: int = 64
     max_frequency: float = 100.0
+    num_classes: int = 0
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, t: Array, x: Array) -> Array:
-        """The field at t [] and x [h, w, c]: [h, w, c]."""
+    def __call__(self, t: Array, x: Array, y: Array | None = None) -> Array:
+        """The field at t [] and x [h, w, c], given the label y [] if there are classes: [h, w, c]."""
         t, x = _inputs(t, x, ("h", "w", "c"), self.param_dtype)
-        embedding = _embedding(self, t)
+        embedding = _embedding(self, t, y)
         conv = partial(nn.Conv, kernel_size=(3, 3), param_dtype=self.param_dtype)
         block = partial(_Block, groups=self.groups, param_dtype=self.param_dtype)
 
@@ -284,10 +314,33 @@ def _upsample(x: Array) -> Array:
     return x.reshape(2 * rows, 2 * columns, channels)
 
 
-def _embedding(net: Any, t: Array) -> Array:
-    """The time as [time_features]: sines and cosines through one layer; call it in a compact ``__call__``."""
+def _embedding(net: Any, t: Array, y: Array | None) -> Array:
+    """Time and label as [time_features]: sines and cosines through one layer, a row of a table; in a ``__call__``."""
     features = sinusoidal_features(t, net.time_features, net.max_frequency)
-    return nn.silu(nn.Dense(net.time_features, param_dtype=net.param_dtype, name="time")(features))
+    embedding = nn.Dense(net.time_features, param_dtype=net.param_dtype, name="time")(features)
+    if (y is None) != (net.num_classes == 0):
+        raise TypeError(
+            "y is missing: the network has num_classes, call net(t, x, y), with y = num_classes for no label."
+            if y is None
+            else "y was given, but the network has no classes: build it with num_classes."
+        )
+    if y is not None:
+        table = nn.Embed(net.num_classes + 1, net.time_features, param_dtype=net.param_dtype, name="label")
+        embedding = embedding + table(_label(y, net.num_classes)).astype(embedding.dtype)
+    return nn.silu(embedding)
+
+
+def _label(y: Array, num_classes: int) -> Array:
+    """``y``, if it is one label or the one that stands for none."""
+    y = jnp.asarray(y)
+    if not jnp.issubdtype(y.dtype, jnp.integer) or y.ndim:
+        raise TypeError(
+            f"y must be one integer label [], got shape {y.shape} of {y.dtype}: for a batch use jax.vmap, "
+            "with y inside args: in_axes=(None, 0, (None, 0))."
+        )
+    if _checks.concrete(y) and not 0 <= int(y) <= num_classes:
+        raise ValueError(f"y must be in 0 .. {num_classes}, where {num_classes} means no label, got {int(y)}.")
+    return jnp.where(y < 0, num_classes + 1, y)  # beyond the table, where the row is NaN: -1 would be its last row
 
 
 def _inputs(t: Array, x: Array, axes: tuple[str, ...], param_dtype: Any) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
-__all__ = ["SDE", "Args", "Array", "Divergence", "ScalarField", "Schedule", "VectorField"]
+__all__ = ["SDE", "Args", "Array", "Chain", "Divergence", "ScalarField", "Schedule", "VectorField"]
 
 Array: TypeAlias = jax.Array
 """An array, or a tracer that stands for one."""
@@ -61,3 +61,20 @@ class Schedule(NamedTuple):
 
     log_alpha: Callable[[Array], Array]
     variance: Callable[[Array], Array]
+
+
+class Chain(NamedTuple):
+    """A forward diffusion process in T steps, x_n = sqrt(1 - beta_n) x_(n-1) + sqrt(beta_n) eps, n = 0 .. T - 1.
+
+    x_n is the data after n + 1 steps: x_(-1) is the data itself.
+
+    Attributes:
+        betas: the variance of the noise of each step, in (0, 1) ``[T]``.
+        alpha_bars: the product of 1 - betas[k] over k = 0 .. n, ``[T]``: x_n = sqrt(alpha_bar_n) x_(-1) +
+            sqrt(1 - alpha_bar_n) eps.
+
+    Source: Ho et al. (2020), "Denoising Diffusion Probabilistic Models", equations 2 and 4.
+    """
+
+    betas: Array
+    alpha_bars: Array

@@ -4,10 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dgm_jax.types import Array
 
-__all__ = ["concrete", "floating", "one_time", "probes_for", "typed_key"]
+__all__ = ["concrete", "floating", "noise_levels", "one_time", "probes_for", "typed_key"]
 
 
 def concrete(value: Any) -> bool:
@@ -27,6 +28,23 @@ def floating(name: str, value: Any) -> Array:
             f"convert it first, for instance {name}.astype(jnp.float32)."
         )
     return array
+
+
+def noise_levels(sigmas: Any, dtype: Any = None) -> Array:
+    """``sigmas`` in ``dtype``, if they are levels of noise from large to small ``[L]``; ``ValueError`` otherwise."""
+    sigmas = floating("sigmas", sigmas)
+    if sigmas.ndim != 1 or sigmas.shape[0] == 0:
+        raise ValueError(f"sigmas must have shape [L] with L at least 1, got shape {sigmas.shape}.")
+    if concrete(sigmas):
+        values = np.asarray(sigmas)
+        if not np.all((values > 0) & np.isfinite(values)):
+            raise ValueError(f"sigmas must be positive and finite, got {values.tolist()}.")
+        if not np.all(np.diff(values) < 0):
+            raise ValueError(
+                f"sigmas must fall from the largest to the smallest, got {values.tolist()}: "
+                "ncsn.levels(sigma_max, sigma_min, num) makes such levels."
+            )
+    return sigmas if dtype is None else sigmas.astype(dtype)
 
 
 def one_time(t: Any, dtype: Any) -> Array:

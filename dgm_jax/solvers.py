@@ -13,7 +13,9 @@ nothing else.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, cast
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, cast
 
 import diffrax
 import jax
@@ -39,6 +41,7 @@ __all__ = [
     "sdeint",
     "solve_ode",
     "solve_sde",
+    "uniformization",
 ]
 
 OK = 0
@@ -400,6 +403,112 @@ def euler_maruyama(
         times = t0 + jnp.arange(num_steps).astype(x0.dtype) * dt
         return jnp.append(times, t1), jnp.concatenate([x0[None], cast(Array, xs)])
     return x1
+
+
+class _Uniformization(diffrax.AbstractAdaptiveSolver):
+    """The exponential of a jump process's generator, held at the middle of the step: see ``uniformization``."""
+
+    rate: Callable[[Array, Args], Array]
+    error_estimate: bool = True
+
+    term_structure: ClassVar = diffrax.AbstractTerm
+    interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
+
+    def order(self, terms: Any) -> int:
+        """Two, in the length of the steps."""
+        return 2
+
+    def error_order(self, terms: Any) -> int:
+        """Of the error of one step."""
+        return 3
+
+    def init(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Args) -> None:
+        """There is no state."""
+        return None
+
+    def func(self, terms: Any, t0: Any, y0: Any, args: Args) -> Any:
+        """The field itself."""
+        return terms.vf(t0, y0, args)
+
+    def step(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Args, solver_state: Any, made_jump: Any) -> Any:
+        """The whole step, then its two halves: the halves are the value, the difference is its error."""
+        success = diffrax.RESULTS.successful
+        if not self.error_estimate:
+            y1 = self._exponential(terms, t0, t1, y0, args)
+            return y1, None, {"y0": y0, "y1": y1}, None, success
+
+        def visit(y: Any, part: tuple[Array, Array, Array]) -> tuple[Any, Any]:
+            afresh, start, end = part
+            y = jax.tree.map(lambda first, now: jnp.where(afresh, first, now), y0, y)
+            y = self._exponential(terms, start, end, y, args)
+            return y, y
+
+        middle = t0 + 0.5 * (t1 - t0)
+        parts = (jnp.array([True, True, False]), jnp.stack([t0, t0, middle]), jnp.stack([t1, middle, t1]))
+        y1, ys = jax.lax.scan(visit, y0, parts)
+        error = jax.tree.map(lambda y: jnp.abs(y[2] - y[0]), ys)
+        return y1, error, {"y0": y0, "y1": y1}, None, success
+
+    def _exponential(self, terms: Any, t0: Any, t1: Any, y: Any, args: Args) -> Any:
+        """exp((t1 - t0) A) y, as the mean of P^k y over a Poisson number k of jumps."""
+        middle = t0 + 0.5 * (t1 - t0)
+        _, push = jax.linearize(lambda y: terms.vf(middle, y, args), y)
+        dtype = jax.tree.leaves(y)[0].dtype
+        info = jnp.finfo(dtype)
+        # a little above the bound, so that rounding leaves I + A / rate without a negative entry
+        rate = jnp.maximum(self.rate(middle, args).astype(dtype) * (1 + 64 * info.eps), info.tiny**0.5)
+        jumps = rate * terms.contr(t0, t1)
+        most = 0.7 * -math.log(float(info.tiny))  # in one sum, whose first weight exp(-jumps) must be a number
+        finite = jnp.isfinite(jumps)
+        parts = jnp.where(finite, jnp.maximum(jnp.ceil(jumps / most), 1), 0)
+        jumps = jumps / jnp.maximum(parts, 1)
+        first = jnp.exp(-jumps)
+
+        def more(state: tuple[Any, ...]) -> Array:
+            k, weight, total, _, _ = state
+            return (k < jumps) | (weight > total * (info.eps / 16))
+
+        def jump(state: tuple[Any, ...]) -> tuple[Any, ...]:
+            k, weight, total, power, mean = state
+            k = k + 1
+            weight = weight * jumps / k
+            power = jax.tree.map(lambda v, change: v + change / rate, power, push(power))
+            mean = jax.tree.map(lambda m, v: m + weight * v, mean, power)
+            return k, weight, total + weight, power, mean
+
+        def one_part(carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            n, y = carry
+            start = (jnp.zeros((), dtype), first, first, y, jax.tree.map(lambda v: first * v, y))
+            _, _, total, _, mean = jax.lax.while_loop(more, jump, start)
+            return n + 1, jax.tree.map(lambda m: m / total, mean)
+
+        _, y = jax.lax.while_loop(lambda carry: carry[0] < parts, one_part, (jnp.zeros((), dtype), y))
+        return jax.tree.map(lambda v: jnp.where(finite, v, jnp.nan), y)
+
+
+def uniformization(rate: Callable[[Array, Args], Array], *, error_estimate: bool = True) -> diffrax.AbstractSolver:
+    """A solver of dp/dt = A(t) p for the probabilities p of a jump process: never negative, and no stiffness.
+
+    p(t + dt) = exp(dt A) p(t) = sum_k exp(-q) q^k / k! P^k p(t),    P = I + A / rate,    q = rate dt,
+
+    with A at the middle of the step. Where the entries of A beside the diagonal are not negative and its columns sum
+    to zero, P is a matrix of probabilities and so is the sum, for every dt: no step is too long to be stable, nothing
+    becomes negative, nothing is lost but by rounding. Order 2 in dt, and no error at all where A does not change.
+    A step costs about q + 8 sqrt(q) products with A.
+
+    Args:
+        rate: a bound on the magnitude of A's diagonal, ``(t [], args) -> []``, per unit of time.
+        error_estimate: make each step in two halves too, at twice the products, so that steps can be adaptive;
+            without, pass ``stepsize_controller=diffrax.ConstantStepSize()``.
+
+    Returns:
+        A Diffrax solver for fields that are linear in the state, forwards in time. It can be differentiated in forward
+        mode (``adjoint=diffrax.ForwardMode()``), not in reverse.
+
+    Source: Jensen (1953), "Markoff chains as an aid in the study of Markoff processes"; Grassmann (1977), "Transient
+    solutions in Markovian queueing systems".
+    """
+    return _Uniformization(rate, error_estimate)
 
 
 def loosen(

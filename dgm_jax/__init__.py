@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dgm_jax import (
+        adjoint,
         datasets,
+        ddpm,
         densities,
+        discrete_flows,
         divergence,
         flows,
+        fokker_planck,
+        guidance,
+        langevin,
         metrics,
+        ncsn,
         networks,
         parameterizations,
         plots,
@@ -31,11 +38,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "adjoint",
     "datasets",
+    "ddpm",
     "densities",
+    "discrete_flows",
     "divergence",
     "flows",
+    "fokker_planck",
+    "guidance",
+    "langevin",
     "metrics",
+    "ncsn",
     "networks",
     "parameterizations",
     "plots",

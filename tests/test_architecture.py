@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "dgm_jax"
 FLOORS = [
     {"types", "_checks"},
     {"probes", "schedules"},
-    {"densities", "divergence", "sdes", "parameterizations", "solvers"},
-    {"flows", "score_matching", "metrics"},
+    {"densities", "discrete_flows", "divergence", "guidance", "parameterizations", "sdes", "solvers"},
+    {"adjoint", "ddpm", "flows", "fokker_planck", "langevin", "metrics", "ncsn", "score_matching"},
     {"networks", "training", "datasets", "plots", "runs"},
 ]
 FLOOR = {module: level for level, modules in enumerate(FLOORS) for module in modules}

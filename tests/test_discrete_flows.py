@@ -202,7 +202,7 @@ def test_density_of_planar_steps_is_the_derivative_of_their_distribution_functio
 def test_planar_is_invertible_for_any_params():
     """The root of the inverse, to rounding, however steep or flat: slopes 1 + w.v from 1e-12 to 1e6.
 
-    Three of its float64 units, in each type; and finite slopes of log p, far out too.
+    To three units of rounding in either type; and the slopes of log p are finite, far out too.
     """
     rng = np.random.default_rng(7)
     k, r = 10 ** rng.uniform(-12, 6, 4000), rng.normal(size=4000) * 10 ** rng.uniform(-8, 3, 4000)

@@ -51,7 +51,7 @@ class Adjoint(NamedTuple):
         loss: the loss, with the integral of the running loss in it ``[]``; NaN where the forward solve failed.
         x0: dL/dx0, like ``x0``; this and every other gradient is NaN where ``status`` is not ``solvers.OK``.
         args: dL/dargs, like ``args``. As from ``jax.grad(..., allow_int=True)``, the gradient of integers, booleans and
-            keys has dtype ``float0``; that of a leaf which is no array or number is ``None``.
+            keys has dtype ``float0``.
         t0: dL/dt0 ``[]``, the state x0 held and with it the times of the loss.
         t1: dL/dt1 ``[]``; where the loss is of several times, that of the running loss alone.
         reconstruction_error: how far the backward solve ends from the states that it should reach, in the worst of its
@@ -154,7 +154,8 @@ def solve(
             running loss is all.
         field: f, ``(t [], x, args) -> dx/dt``, like ``x``.
         x0: the initial state: a pytree of float arrays, all of one dtype.
-        args: a pytree; the gradients are by its float arrays. What the closures of field or losses hold has none.
+        args: a pytree of arrays and numbers; the gradients are by its floats. What the closures of field or losses hold
+            has none.
         t0: the initial time.
         t1: the final time; ``t1 < t0`` runs backwards. With ``ts`` and no running loss nothing after the last of them
             counts, and nothing is solved there.
@@ -606,16 +607,14 @@ def _split(args: Args) -> tuple[list[Array], Callable[[list[Array]], Args]]:
 
 
 def _merge(args: Args, gradients: list[Array], empty: bool = False) -> Any:
-    """Gradients by the float arrays of args, in the structure of args; ``float0`` or nothing for the others."""
+    """Gradients by the floats of args, in the structure of args; for others ``float0``, or ``None`` if ``empty``."""
     leaves, structure = jax.tree.flatten(args)
     new = iter(gradients)
 
     def one(leaf: Any) -> Any:
         if _is_parameter(leaf):
             return next(new).astype(leaf.dtype)
-        if not empty and isinstance(leaf, jax.Array | int):
-            return np.zeros(np.shape(leaf), jax.dtypes.float0)
-        return None
+        return None if empty else np.zeros(np.shape(leaf), jax.dtypes.float0)
 
     return jax.tree.unflatten(structure, [one(leaf) for leaf in leaves])
 

@@ -198,6 +198,7 @@ def network():
     return jax.jit(lambda: adjoint.solve(end_loss, mlp, x0, args, t0=0.0, t1=2.0, **TIGHT))()
 
 
+@pytest.mark.slow
 def test_a_network_equals_central_finite_differences(network):
     """Every entry of x0 and of the parameters, and both times; step 1e-4, whose own error is some 1e-8."""
     x0, args = mlp_problem()
@@ -217,6 +218,7 @@ def test_a_network_equals_central_finite_differences(network):
     assert np.abs(ours).max() > 0.1
 
 
+@pytest.mark.slow
 def test_integers_and_flags_have_no_gradient(network):
     """As from jax.grad with allow_int: dtype float0; the structure is that of args."""
     assert network.args["num"].dtype == network.args["flag"].dtype == jax.dtypes.float0

@@ -123,8 +123,10 @@ def test_the_whole_of_it_and_resuming(tmp_path):
 @pytest.mark.slow
 def test_images_from_a_folder_with_the_unet(tmp_path):
     """256 levels, the cosine chain, the objective weighted as in the bound. Uniform noise costs 8 bits."""
-    changes = {"network": "unet", "channels": (4,), "chain": "cosine", "objective": "bound", "chain_steps": 5}
-    results = script.main(tiny(tmp_path, **mnist(tmp_path), **changes, variance="beta", num_steps=2))
+    changes = {"network": "unet", "chain": "cosine", "objective": "bound", "chain_steps": 5}
+    results = script.main(
+        tiny(tmp_path, **mnist(tmp_path), **changes, variance="beta", num_steps=2, samples_per_class=2)
+    )
     assert results["test_bits_per_dim_at_most"] > 7.5
 
 

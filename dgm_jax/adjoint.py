@@ -24,7 +24,6 @@ Sources: Pontryagin et al. (1962), "The Mathematical Theory of Optimal Processes
 Differential Equations", section 2 and algorithm 1; Kidger (2021), "On Neural Differential Equations", section 5.1.2.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -188,8 +187,7 @@ def solve(
     settings = {"rtol": rtol, "atol": atol, "solver": solver, "max_steps": max_steps}
 
     # forwards
-    inside = None if marks is None else jnp.where(_finite(x0), marks, t0)  # no solve leaves a start that is not finite
-    steps = {"stepsize_controller": stepsize_controller, "dt0": dt0, "ts": inside, "throw": throw}
+    steps = {"stepsize_controller": stepsize_controller, "dt0": dt0, "ts": marks, "throw": throw}
     value = jnp.zeros((), dtype)
     if running_loss is None:
         forward = solvers.solve_ode(field, x0, args, t0=t0, t1=last, **steps, **settings)
@@ -666,7 +664,7 @@ def _controller(given: Any, rtol: float | Array, atol: float | Array, t0: Array,
     """The solver's default controller, with a norm that keeps the parts of the state apart."""
     if given is not None:
         return given
-    return dataclasses.replace(solvers._adaptive(rtol, atol, t0, t1), norm=_largest_part)
+    return solvers.adaptive_steps(rtol, atol, t0, t1, norm=_largest_part)
 
 
 def _largest_part(state: Any) -> Array:

@@ -34,6 +34,7 @@ __all__ = [
     "STEP_UNDERFLOW",
     "Solution",
     "SolveError",
+    "adaptive_steps",
     "euler_maruyama",
     "loosen",
     "odeint",
@@ -197,7 +198,7 @@ def solve_ode(
         t1=t1,
         ts=ts,
         solver=diffrax.Tsit5() if solver is None else solver,
-        stepsize_controller=_adaptive(rtol, atol, t0, t1) if stepsize_controller is None else stepsize_controller,
+        stepsize_controller=adaptive_steps(rtol, atol, t0, t1) if stepsize_controller is None else stepsize_controller,
         dt0=_first_step(dt0, t0, t1, stepsize_controller),
         adjoint=diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
         max_steps=max_steps,
@@ -511,6 +512,45 @@ def uniformization(rate: Callable[[Array, Args], Array], *, error_estimate: bool
     return _Uniformization(rate, error_estimate)
 
 
+def adaptive_steps(
+    rtol: float | Array,
+    atol: float | Array,
+    t0: Array,
+    t1: Array,
+    *,
+    norm: Callable[[Any], Array] | None = None,
+) -> diffrax.AbstractStepSizeController:
+    """The step control that an ODE solve has by default: an I-controller that stops where no step is left to take.
+
+    A step is accepted where norm(error / (atol + rtol |x|)) <= 1. One that falls to the spacing of floats ends the
+    solve, as ``STEP_UNDERFLOW``.
+
+    Args:
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        t0: the initial time, an array of floats ``[]``.
+        t1: the final time, likewise.
+        norm: of a pytree like the state, ``-> []``; ``None`` for the root mean square over all entries.
+
+    Returns:
+        A controller of Diffrax. Its tolerances are arrays, for floats would compile anew at each value.
+
+    Raises:
+        ValueError: for a tolerance that is not positive.
+    """
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if _checks.concrete(value) and not float(value) > 0:
+            raise ValueError(f"{name} must be positive, got {value}: for instance {name}=1e-5.")
+    eps = 4 * float(jnp.finfo(t0.dtype).eps)
+    return diffrax.PIDController(
+        rtol=jnp.asarray(rtol, t0.dtype),
+        atol=jnp.asarray(atol, t0.dtype),
+        dtmin=eps * jnp.maximum(jnp.abs(t0), jnp.abs(t1)),
+        force_dtmin=False,
+        **cast(Any, {} if norm is None else {"norm": norm}),
+    )
+
+
 def loosen(
     stepsize_controller: diffrax.AbstractStepSizeController | None,
     rtol: float | Array,
@@ -642,14 +682,13 @@ def _diffeqsolve(
     """Diffrax's solve, with its outcome turned into a ``Solution``."""
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}: the default for ODEs is 4096.")
-    if ts is None:
-        saveat = diffrax.SaveAt(t1=True)
-    else:
-        ts = jnp.asarray(ts, t0.dtype)
-        saveat = diffrax.SaveAt(ts=jnp.append(ts, t1))
+    ts = None if ts is None else jnp.asarray(ts, t0.dtype)
+    marks = ts
     if not isinstance(stepsize_controller, diffrax.ConstantStepSize | diffrax.StepTo):
         # A state that starts as NaN would shrink its step to NaN, and under vmap cost the batch its step limit.
         t1 = jnp.where(_finite(x0), t1, t0)
+        marks = None if ts is None else jnp.where(_finite(x0), ts, t0)
+    saveat = diffrax.SaveAt(t1=True) if marks is None else diffrax.SaveAt(ts=jnp.append(marks, t1))
     with _explained_differentiation(), jax.default_matmul_precision("highest"):
         solution = diffrax.diffeqsolve(
             terms,
@@ -676,7 +715,7 @@ def _diffeqsolve(
     num_steps = jnp.asarray(solution.stats["num_steps"], jnp.int32)
     xs = None
     if ts is not None:
-        kept = reached[:-1]
+        kept = reached[:-1] & _finite(x0)
         xs = jax.tree.map(
             lambda saved: jnp.where(jnp.reshape(kept, (-1,) + (1,) * (saved.ndim - 1)), saved[:-1], jnp.nan),
             solution.ys,
@@ -709,23 +748,6 @@ def _evaluations(solver: diffrax.AbstractSolver, num_steps: Array) -> Array:
     if isinstance(solver, diffrax.ReversibleHeun):
         return num_steps + 1
     return jnp.full_like(num_steps, -1)
-
-
-def _adaptive(rtol: float | Array, atol: float | Array, t0: Array, t1: Array) -> diffrax.PIDController:
-    """An I-controller that stops where the step falls to the spacing of floats.
-
-    Tolerances are arrays, for floats would compile anew at each value.
-    """
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if _checks.concrete(value) and not float(value) > 0:
-            raise ValueError(f"{name} must be positive, got {value}: for instance {name}=1e-5.")
-    eps = 4 * float(jnp.finfo(t0.dtype).eps)
-    return diffrax.PIDController(
-        rtol=jnp.asarray(rtol, t0.dtype),
-        atol=jnp.asarray(atol, t0.dtype),
-        dtmin=eps * jnp.maximum(jnp.abs(t0), jnp.abs(t1)),
-        force_dtmin=False,
-    )
 
 
 def _first_step(

@@ -13,8 +13,8 @@ Expected divergences, with the error of the measurement (not of another seed), w
 
     explicit   0.00048 +- 0.00004     sliced                      0.0092 +- 0.0002
     implicit   0.0086 +- 0.0002       without variance reduction  0.0134 +- 0.0002
-    denoising, sigma 0.1   0.0502 +- 0.0007, of which the bias of sigma is 0.0137; 0.0295 from the noisy score
-    denoising, sigma 0.3   0.491 +- 0.003, of which the bias of sigma is 0.486; 0.0046 from the noisy score
+    denoising, sigma 0.1   0.0502 +- 0.0007; the bias of sigma alone is 0.0137; 0.0295 from the noisy score
+    denoising, sigma 0.3   0.491 +- 0.003; the bias of sigma alone is 0.486; 0.0046 from the noisy score
 
 and a step of implicit (sliced) at 2.6 (1.8) times that of denoising, in 50 seconds of processor time, a minute or so.
 

@@ -63,6 +63,7 @@ def test_both_ways_to_step_are_the_same_process(load):
         assert abs(x.var() - variance) < 4.5 * variance * np.sqrt(2 / x.size)
 
 
+@pytest.mark.slow
 def test_euler_maruyama(load, tmp_path, capsys):
     script = load("euler_maruyama")
     result = script.main(script.Config(out=str(tmp_path), sizes=((2, 4),), num_steps=5, width=4, repeats=2))
@@ -73,6 +74,7 @@ def test_euler_maruyama(load, tmp_path, capsys):
     assert "linear, one state, d=2, batch=4" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sampling(load, tmp_path):
     script = load("sampling")
     config = script.Config(

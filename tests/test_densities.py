@@ -11,7 +11,7 @@ from targets import rotated_mixture as mixture
 
 from dgm_jax import densities, schedules
 
-DIMS = pytest.mark.parametrize("dim", [2, 5])
+DIMS = pytest.mark.parametrize("dim", [2, pytest.param(5, marks=pytest.mark.slow)])
 LABELS = (0, 1, 0)
 KEY = jax.random.key(20)
 

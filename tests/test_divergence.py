@@ -42,7 +42,7 @@ def spiral_divergence_gradient(x):
 def test_exact_methods_agree_with_jacfwd(shape):
     f = field(shape)
     x = jax.random.normal(jax.random.key(1), shape)
-    expected = np.trace(np.asarray(jax.jacfwd(f)(x)).reshape(x.size, x.size))
+    expected = np.trace(np.asarray(jax.jit(jax.jacfwd(f))(x)).reshape(x.size, x.size))
     results, fx = jax.jit(lambda x: ({name: method(f, x, None) for name, method in METHODS.items()}, f(x)))(x)
     for name, (value, div) in results.items():
         np.testing.assert_array_equal(value, fx, err_msg=name)
@@ -54,10 +54,14 @@ def test_exact_methods_agree_with_jacfwd(shape):
 def test_closed_form_and_its_gradient(name):
     """The gradient of a divergence has second derivatives of f in it: what training a flow needs."""
     x = jnp.asarray([0.7, -1.2])
-    value, div = METHODS[name](spiral, x, None)
-    np.testing.assert_array_equal(value, spiral(x))
+
+    def method(x):
+        return METHODS[name](spiral, x, None)
+
+    (value, div), gradient, itself = jax.jit(lambda x: (method(x), jax.grad(lambda x: method(x)[1])(x), spiral(x)))(x)
+    x = np.asarray(x)
+    np.testing.assert_array_equal(value, itself)
     np.testing.assert_allclose(div, spiral_divergence(x), rtol=1e-14)
-    gradient = jax.grad(lambda x: METHODS[name](spiral, x, None)[1])(x)
     np.testing.assert_allclose(gradient, spiral_divergence_gradient(x), rtol=1e-13)
 
 
@@ -67,10 +71,16 @@ def test_hutchinson_over_all_sign_vectors_is_the_trace(d):
     x = jax.random.normal(jax.random.key(2), (d,))
     signs = jnp.asarray(list(itertools.product((-1.0, 1.0), repeat=d)))
     for f in (field((d,)), lambda x: jnp.arange(1.0, d * d + 1).reshape(d, d) @ x):
-        jacobian = np.asarray(jax.jacfwd(f)(x))
-        value, estimates = divergence.quadratic_forms(f, x, signs)
-        _, mean = divergence.hutchinson(f, x, signs)
-        np.testing.assert_array_equal(value, f(x))
+        jacobian, (value, estimates), (_, mean), itself = jax.jit(
+            lambda x, f=f: (
+                jax.jacfwd(f)(x),
+                divergence.quadratic_forms(f, x, signs),
+                divergence.hutchinson(f, x, signs),
+                f(x),
+            )
+        )(x)
+        jacobian = np.asarray(jacobian)
+        np.testing.assert_array_equal(value, itself)
         assert abs(mean - np.trace(jacobian)) < 1e-10
         symmetric = (jacobian + jacobian.T) / 2
         variance = 2 * (np.sum(symmetric**2) - np.sum(np.diag(symmetric) ** 2))
@@ -80,7 +90,8 @@ def test_hutchinson_over_all_sign_vectors_is_the_trace(d):
 def test_hutchinson_gradient_is_that_of_its_own_estimate():
     """e^T J e at e = (1, -1) on the spiral is div - (df1/dy + df2/dx), by hand."""
     x, e = jnp.asarray([0.7, -1.2]), jnp.asarray([[1.0, -1.0]])
-    gradient = jax.grad(lambda x: divergence.hutchinson(spiral, x, e)[1])(x)
+    gradient = jax.jit(jax.grad(lambda x: divergence.hutchinson(spiral, x, e)[1]))(x)
+    x = np.asarray(x)
     c, s = np.cos(x[0] * x[1]), np.sin(x[0] * x[1])
     crossed = np.array([2 * x[0] - x[1] ** 2 * s, c - x[0] * x[1] * s])
     np.testing.assert_allclose(gradient, spiral_divergence_gradient(x) - crossed, rtol=1e-13)
@@ -90,9 +101,10 @@ def test_linear_field_gradient_in_its_matrix():
     """d tr(A) / dA = I, and d (e^T A e) / dA = e e^T."""
     a, x = jax.random.normal(jax.random.key(3), (4, 4)), jnp.ones(4)
     for method in (divergence.exact, divergence.exact_in_chunks(3)):
-        np.testing.assert_allclose(jax.grad(lambda a: method(lambda x: a @ x, x, None)[1])(a), np.eye(4))  # noqa: B023
+        gradient = jax.jit(jax.grad(lambda a, method=method: method(lambda x: a @ x, x, None)[1]))(a)
+        np.testing.assert_allclose(gradient, np.eye(4))
     e = probes.gaussian(jax.random.key(4), x)
-    gradient = jax.grad(lambda a: divergence.hutchinson(lambda x: a @ x, x, e)[1])(a)
+    gradient = jax.jit(jax.grad(lambda a: divergence.hutchinson(lambda x: a @ x, x, e)[1]))(a)
     np.testing.assert_allclose(gradient, np.outer(e[0], e[0]), rtol=1e-14)
 
 
@@ -124,8 +136,8 @@ def test_jit_vmap_while_loop_and_float32(name):
     method = METHODS.get(name, divergence.hutchinson)
     values, divs = jax.jit(jax.vmap(lambda x: method(f, x, e)))(x)
     assert values.dtype == divs.dtype == jnp.float32
-    jacobians = jax.vmap(jax.jacfwd(f))(x)
-    np.testing.assert_allclose(divs, jnp.trace(jacobians, axis1=1, axis2=2), rtol=2e-5, atol=2e-5)
+    jacobians = np.asarray(jax.jit(jax.vmap(jax.jacfwd(f)))(x))
+    np.testing.assert_allclose(divs, np.trace(jacobians, axis1=1, axis2=2), rtol=2e-5, atol=2e-5)
 
     def step(carry):
         i, total = carry
@@ -152,13 +164,13 @@ def test_laplacian_of_a_gaussian_log_density():
 def test_laplacian_of_harmonic_and_quartic_functions():
     x = jnp.asarray([1.3, -0.4])
     for harmonic in (lambda x: jnp.exp(x[0]) * jnp.sin(x[1]), lambda x: x[0] ** 3 - 3 * x[0] * x[1] ** 2):
-        assert abs(divergence.laplacian(harmonic, x)[1]) < 1e-13
+        assert abs(jax.jit(lambda x, u=harmonic: divergence.laplacian(u, x)[1])(x)) < 1e-13
     for d in (1, 4):  # lap |x|^4 = 4 (d + 2) |x|^2
         x = jax.random.normal(jax.random.key(d), (d,))
-        value, lap = divergence.laplacian(lambda x: jnp.sum(x**2) ** 2, x)
+        value, lap = jax.jit(lambda x: divergence.laplacian(lambda x: jnp.sum(x**2) ** 2, x))(x)
         np.testing.assert_allclose([value, lap], [np.sum(x**2) ** 2, 4 * (d + 2) * np.sum(x**2)], rtol=1e-13)
     image = jax.random.normal(jax.random.key(9), (2, 3, 1), jnp.float32)
-    value, lap = divergence.laplacian(lambda x: jnp.sum(x**3), image)
+    value, lap = jax.jit(lambda x: divergence.laplacian(lambda x: jnp.sum(x**3), x))(image)
     assert value.dtype == lap.dtype == jnp.float32
     np.testing.assert_allclose(lap, 6 * np.sum(image), rtol=1e-5)
 
@@ -166,7 +178,7 @@ def test_laplacian_of_harmonic_and_quartic_functions():
 def test_laplacian_gradient():
     """grad lap |x|^4 = 8 (d + 2) x."""
     x = jnp.asarray([0.5, -1.0, 2.0])
-    gradient = jax.grad(lambda x: divergence.laplacian(lambda x: jnp.sum(x**2) ** 2, x)[1])(x)
+    gradient = jax.jit(jax.grad(lambda x: divergence.laplacian(lambda x: jnp.sum(x**2) ** 2, x)[1]))(x)
     np.testing.assert_allclose(gradient, 40 * np.asarray(x), rtol=1e-13)
 
 

@@ -125,14 +125,14 @@ WAVY = SDE(CURVED.drift, lambda t, x, args: 1 + 0.3 * jnp.sin(x[0] + 2 * x[1]))
 STRAIGHT = SDE(CURVED.drift, lambda t, x, args: 0.5 + t)
 
 
-@pytest.mark.parametrize("sde", [STRAIGHT, CURVED, WAVY], ids=["g(t)", "diagonal g(t, x)", "scalar g(t, x)"])
-def test_rhs_is_the_theorem_in_divergence_and_in_trace_form(sde):
-    """-div(f p) + 1/2 lap(g^2 p), and the trace of derivatives, both taken of p itself and not of log p."""
+def test_rhs_is_the_theorem_in_divergence_and_in_trace_form():
+    """-div(f p) + 1/2 lap(g^2 p), and the trace of derivatives, both taken of p itself and not of log p.
+
+    For g(t), for a diagonal g(t, x) and for a scalar g(t, x).
+    """
     log_p, t = densities.log_density(mixture(2), VP), jnp.asarray(0.2)
 
-    @jax.jit
-    @jax.vmap
-    def three(x):
+    def three(sde, x):
         p = lambda x: jnp.exp(log_p(t, x, None))  # noqa: E731
         drifted = lambda x: sde.drift(t, x, None) * p(x)  # noqa: E731
         spread = lambda x: jnp.broadcast_to(sde.diffusion(t, x, None) ** 2, x.shape) * p(x)  # noqa: E731
@@ -145,9 +145,10 @@ def test_rhs_is_the_theorem_in_divergence_and_in_trace_form(sde):
             by_divergence += 0.5 * jax.grad(jax.grad(along))(0.0)
         return jnp.stack([fp.rhs(sde, log_p)(t, x), by_divergence, by_trace])
 
-    values = np.asarray(three(points(2)))
-    assert np.max(np.abs(values)) > 1e-3
-    np.testing.assert_allclose(values[:, 1:], values[:, :1] * np.ones(2), rtol=1e-11, atol=1e-15)
+    run = jax.jit(jax.vmap(lambda x: jnp.stack([three(sde, x) for sde in (STRAIGHT, CURVED, WAVY)])))
+    values = np.asarray(run(points(2)))  # [points, sdes, forms]
+    assert np.all(np.max(np.abs(values), axis=0) > 1e-3)
+    np.testing.assert_allclose(values[..., 1:], values[..., :1] * np.ones(2), rtol=1e-11, atol=1e-15)
 
 
 def test_rhs_is_the_rate_of_p():
@@ -193,6 +194,7 @@ def test_probability_flow_moves_the_same_density():
     np.testing.assert_allclose(by_sde, by_flow, rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_cost_and_derivative_of_a_residual():
     """Evaluations of log p do not grow with the dimension; a loss on the residual has the gradient of differences."""
     calls = []
@@ -223,7 +225,6 @@ def test_cost_and_derivative_of_a_residual():
 
 
 def test_single_precision_in_single_precision_out():
-    """Pointwise and on a grid, where mass is kept and nothing is negative in float32 too."""
     density = mixture(2, jnp.float32)
     sde, log_p = sdes.diffusion_process(VP), densities.log_density(density, VP)
     score, velocity = densities.score(density, VP), densities.velocity(density, VP)
@@ -231,11 +232,6 @@ def test_single_precision_in_single_precision_out():
     fields = [fp.rhs(sde, log_p), fp.residual(sde, log_p), fp.score_residual(sde, score)]
     fields.append(fp.continuity_residual(velocity, log_p))
     assert {jax.eval_shape(field, t, x, None).dtype for field in fields} == {jnp.dtype(jnp.float32)}
-    p0 = normal(fp.cells(LINE, dtype=jnp.float32)[:, 0], -1.0, 0.1)
-    found = evolve(OU, LINE, p0, BEFORE.astype(jnp.float32))
-    assert found.p.dtype == jnp.float32
-    assert abs(float(fp.mass(LINE, found.p)) - float(fp.mass(LINE, p0))) < 2e-6
-    assert np.min(found.p) >= 0
 
 
 # --------------------------------------------------------------------------------------------------- on a grid
@@ -271,21 +267,29 @@ STILL = SDE(  # noise on one side only, of one axis only
 )
 
 
-@pytest.mark.parametrize("sde", [CURVED, WAVY, STILL], ids=["diagonal g(t, x)", "scalar g(t, x)", "g = 0 in places"])
-def test_generator_is_that_of_a_jump_process(sde):
-    """Columns that sum to zero, nothing negative beside the diagonal: mass and positivity for every p."""
-    field = fp.generator(sde, PLANE)
-    flat = lambda p: field(jnp.asarray(0.2), p.reshape(7, 6), None).reshape(-1)  # noqa: E731
-    matrix = np.asarray(jax.jit(jax.jacfwd(flat))(jnp.zeros(42)))
-    scale = np.max(np.abs(matrix))
-    assert np.max(np.abs(matrix.sum(axis=0))) < 1e-14 * scale
-    assert np.min(matrix - np.diag(np.diag(matrix))) >= 0
-    rate = fp._exit_rate(sde, PLANE, jnp.asarray(0.2), jnp.float64, None)
-    np.testing.assert_allclose(rate, np.max(-np.diag(matrix)), rtol=1e-14)
+def test_generator_is_that_of_a_jump_process():
+    """Columns that sum to zero, nothing negative beside the diagonal: mass and positivity for every p.
+
+    For a diagonal and a scalar g that depend on x, and for one that is zero in places. A Gaussian at rest stays so.
+    """
+    sdes, t = (CURVED, WAVY, STILL), jnp.asarray(0.2)
+
+    @jax.jit
+    def matrices(basis):
+        return [jax.vmap(lambda p, sde=sde: fp.generator(sde, PLANE)(t, p))(basis) for sde in sdes]
+
+    for matrix in matrices(jnp.eye(42).reshape(42, 7, 6)):
+        matrix = np.asarray(matrix).reshape(42, 42).T
+        assert np.max(np.abs(matrix.sum(axis=0))) < 1e-14 * np.max(np.abs(matrix))
+        assert np.min(matrix - np.diag(np.diag(matrix))) >= 0
+        assert np.max(matrix) > 0.1
+    rest = normal(fp.cells(LINE)[:, 0], 0.5, 0.32)
+    assert np.max(np.abs(jax.jit(fp.generator(OU, LINE))(t, rest, BEFORE))) < 1e-12
 
 
+@pytest.mark.slow
 def test_generator_is_the_right_side_to_second_order():
-    """Against ``rhs`` at the centres, drift and diagonal noise depending on x; and a Gaussian at rest stays at rest."""
+    """Against ``rhs`` at the centres, drift and diagonal noise depending on x."""
     log_p, t, errors = densities.log_density(mixture(2), VP), jnp.asarray(0.3), []
 
     @partial(jax.jit, static_argnums=0)
@@ -298,12 +302,30 @@ def test_generator_is_the_right_side_to_second_order():
         grid = fp.Grid((-2.0, -2.0), (2.0, 2.0), (num, num))
         errors.append(float(difference(grid, fp.cells(grid))))
     np.testing.assert_allclose(np.log2(errors[0] / errors[1]), 2, atol=0.15)
-    rest = normal(fp.cells(LINE)[:, 0], 0.5, 0.32)
-    assert np.max(np.abs(fp.generator(OU, LINE)(t, rest, BEFORE))) < 1e-12
 
 
+def test_evolution_keeps_mass_and_sign_or_fails_aloud():
+    """Ornstein-Uhlenbeck near its closed form, mass to 1e-13, nowhere negative; NaN and a status where it breaks."""
+    x = fp.cells(LINE)[:, 0]
+    found = evolve(OU, LINE, ou_density(x, 0.0))
+    for t, p in ((0.25, found.ps[0]), (1.0, found.p)):
+        assert abs(float(fp.mass(LINE, p) - fp.mass(LINE, ou_density(x, 0.0)))) < 1e-13
+        assert np.min(p) >= 0
+        np.testing.assert_allclose(p, ou_density(x, t), atol=0.01)
+    assert float(found.wall) < 1e-9
+    assert int(found.status) == solvers.OK
+    fp.raise_if_too_coarse(found, LINE)
+
+    broken = evolve(OU, LINE, ou_density(x, 0.0), BEFORE.at[3].set(0.5))
+    assert int(broken.status) != solvers.OK
+    assert np.all(np.isfinite(broken.ps[0]))
+    assert np.all(np.isnan(broken.p))
+    np.testing.assert_allclose(broken.t, 0.5, atol=1e-3)
+
+
+@pytest.mark.slow
 def test_evolution_of_ornstein_uhlenbeck():
-    """The closed form to second order in the spacing, mass to 1e-13, nowhere negative, and the histogram of paths.
+    """The closed form to second order in the spacing, and the histogram of paths.
 
     20,000 paths by 200 steps of Euler-Maruyama: chi^2 below its quantile of 1 - 1e-4, against the grid and against the
     closed form, which is the false-alarm rate of each.
@@ -313,12 +335,9 @@ def test_evolution_of_ornstein_uhlenbeck():
         grid = fp.Grid((-4.0,), (4.0,), (num,))
         x = fp.cells(grid)[:, 0]
         found = evolve(OU, grid, ou_density(x, 0.0))
-        for t, p in ((0.25, found.ps[0]), (1.0, found.p)):
-            assert abs(float(fp.mass(grid, p) - fp.mass(grid, ou_density(x, 0.0)))) < 1e-13
-            assert np.min(p) >= 0
-            errors.append(np.max(np.abs(p - ou_density(x, t))))
-    np.testing.assert_allclose(np.log2(np.divide(errors[:2], errors[2:])), 2, atol=0.1)
-    assert errors[-1] < 1e-3
+        errors.append([np.max(np.abs(p - ou_density(x, t))) for t, p in ((0.25, found.ps[0]), (1.0, found.p))])
+    np.testing.assert_allclose(np.log2(np.divide(*errors)), 2, atol=0.1)
+    assert errors[-1][-1] < 1e-3
 
     keys = jax.random.split(jax.random.key(1), (2, 20_000))
     start = jax.vmap(lambda key: -1.0 + 0.1**0.5 * jax.random.normal(key, (1,)))(keys[0])
@@ -343,6 +362,7 @@ def assert_same_counts(counts, masses, false_alarm=1e-4):
     assert np.sum((seen - due) ** 2 / due) < chi2.isf(false_alarm, len(seen) - 1)
 
 
+@pytest.mark.slow
 def test_evolution_is_the_exponential_of_the_generator():
     """Where nothing depends on time there is no error in time: SciPy's matrix exponential."""
     grid = fp.Grid((-3.0, -2.0), (3.0, 3.0), (7, 6))
@@ -359,6 +379,7 @@ def test_evolution_is_the_exponential_of_the_generator():
 SWINGING = SDE(lambda t, x, args: 3 * jnp.cos(6 * t) - x, lambda t, x, args: 0.7 + 0.3 * jnp.sin(5 * t))
 
 
+@pytest.mark.slow
 def test_evolution_is_of_second_order_in_time():
     """Drift and noise that change in time: equal steps against tight tolerances on one grid; positive at every step."""
     p0 = normal(fp.cells(LINE)[:, 0], 0.0, 0.2)
@@ -396,6 +417,16 @@ def test_an_implicit_solver_agrees():
     assert np.min(implicit.p) > -1e-8
 
 
+@pytest.mark.slow
+def test_evolution_in_single_precision():
+    p0 = normal(fp.cells(LINE, dtype=jnp.float32)[:, 0], -1.0, 0.1)
+    found = evolve(OU, LINE, p0, BEFORE.astype(jnp.float32))
+    assert found.p.dtype == jnp.float32
+    assert abs(float(fp.mass(LINE, found.p)) - float(fp.mass(LINE, p0))) < 2e-6
+    assert np.min(found.p) >= 0
+    np.testing.assert_allclose(found.p, ou_density(fp.cells(LINE)[:, 0], 1.0), atol=0.01)
+
+
 def plane(num):
     return fp.Grid((-6.0, -6.0), (6.0, 6.0), (num, num))
 
@@ -405,9 +436,10 @@ def oracle_on(grid, t):
     return jax.jit(partial(everywhere, lambda x: jnp.exp(log_p(jnp.asarray(t), x, None))))(fp.cells(grid))
 
 
+@pytest.mark.slow
 def test_evolution_of_a_rotated_mixture_in_the_plane():
     """The closed form, mass, positivity in 2-D; the reverse SDE brings the density back to where it came from."""
-    grid = plane(40)
+    grid = plane(48)
     p0, p1 = oracle_on(grid, 0.02), oracle_on(grid, 0.3)
     sde, score = sdes.diffusion_process(VP), densities.score(mixture(2), VP)
     found = evolve(sde, grid, p0, None, (0.02, 0.1, 0.3))
@@ -448,9 +480,8 @@ def test_grid_paths_flow_and_closed_form_agree_in_the_plane():
             assert_same_counts(counts, np.asarray(p))
 
 
+@pytest.mark.slow
 def test_walls_that_stand_in_the_way_are_seen():
-    wide = evolve(OU, LINE, ou_density(fp.cells(LINE)[:, 0], 0.0))
-    assert float(wide.wall) < 1e-9
     narrow = fp.Grid((-2.0,), (0.2,), (22,))  # the mean goes from -1 to -0.05
     p0 = ou_density(fp.cells(narrow)[:, 0], 0.0)
     found = evolve(OU, narrow, p0)
@@ -458,6 +489,7 @@ def test_walls_that_stand_in_the_way_are_seen():
     np.testing.assert_allclose(fp.mass(narrow, found.p), fp.mass(narrow, p0), rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_a_grid_too_coarse_says_which_spacing_is_needed():
     """For the start, for what becomes of it, and for the noise; with as many cells as it names all is well."""
 
@@ -482,25 +514,28 @@ def test_a_grid_too_coarse_says_which_spacing_is_needed():
         attempt(needed, *case)
     with pytest.raises(ValueError, match="There is no noise on that axis"):
         attempt(32, (0.0, 0.32), 1.0, 0.5, 0.0)
-    with pytest.raises(ValueError, match="too coarse for the density at t0 = 0: on axis 0 it has structure"):
-        attempt_now(normal(fp.cells(LINE)[:, 0], 0.05, 0.001))
 
 
-def test_a_solve_that_fails_is_an_error_or_nan():
-    p0, broken = ou_density(fp.cells(LINE)[:, 0], 0.0), BEFORE.at[3].set(0.5)
-    found = evolve(OU, LINE, p0, broken)
-    assert int(found.status) != solvers.OK
-    assert np.all(np.isfinite(found.ps[0]))
-    assert np.all(np.isnan(found.p))
-    np.testing.assert_allclose(found.t, 0.5, atol=1e-3)
+@pytest.mark.slow
+def test_a_solve_that_fails_outside_of_jit_is_an_error():
     with pytest.raises(solvers.SolveError, match=r"stopped at t = 0\.\d* after"):
-        attempt_now(p0, args=broken)
+        attempt_now(args=BEFORE.at[3].set(0.5))
 
 
 def attempt_now(density=None, **options):
     """Not jitted, so that it can raise."""
     density = ou_density(fp.cells(LINE)[:, 0], 0.0) if density is None else density
     return fp.evolve(OU, density, LINE, **{"args": BEFORE, "t0": 0.0, "t1": 1.0, **options})
+
+
+def told(width, peclet):
+    """What is raised for a record with these numbers."""
+    nothing = jnp.zeros(())
+    numbers = jnp.asarray([width]), jnp.asarray([peclet])
+    fp.raise_if_too_coarse(fp.Evolution(nothing, nothing, nothing, nothing, nothing, *numbers), LINE)
+
+
+NARROW = normal(fp.cells(LINE)[:, 0], 0.05, 0.001)
 
 
 def constant(t, x, args):
@@ -514,6 +549,13 @@ MATRIX = SDE(constant, lambda t, x, args: jnp.eye(2))
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: attempt_now(NARROW), ValueError, "too coarse for the density at t0 = 0: on axis 0 it has structure"),
+        (
+            lambda: told(0.5, 1.0),
+            ValueError,
+            r"structure about 0\.05 wide and a spacing of 0\.1\. Use .* 320 cells or more",
+        ),
+        (lambda: told(3.0, 8.0), ValueError, r"for the noise: .* is 8 .* Use a spacing of at most 0\.025 .* 320 cells"),
         (lambda: fp.rhs(OU, constant)(T, X), ValueError, r"log_density must return a scalar \[\], got shape \(2,\)"),
         (lambda: fp.residual(OU, constant)(T, X), ValueError, r"use jax.vmap over a batch"),
         (lambda: fp.residual(OU, constant)(jnp.zeros(3), X), ValueError, r"t must be one time of shape \(\)"),

@@ -13,6 +13,8 @@ from scipy.stats import wasserstein_distance, wasserstein_distance_nd
 
 from dgm_jax import metrics
 
+slow = pytest.mark.slow
+
 # x ~ N(0, C) and y ~ N(SHIFT, C) with C = R R^T not diagonal
 ROOT = np.array([[1.0, 0.0], [0.6, 0.5]])
 SHIFT = np.array([0.6, -0.5])
@@ -38,6 +40,7 @@ def mmd_of_gaussians(shift, covariance, bandwidth):
     return 2 * scale * (1 - math.exp(-exponent))
 
 
+@partial(jax.jit, static_argnames=("n", "m", "d"))
 def draw(key, n, m, d=2, root=None, shift=None):
     """x [n, d] and y [m, d]: normal, turned and scaled by ``root``, y moved by ``shift``."""
     x, y = jax.random.normal(key, (n + m, d))[:n], jax.random.normal(key, (n + m, d))[n:]
@@ -68,7 +71,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", ["energy", "mmd"])
+@pytest.mark.parametrize("name", ["energy", pytest.param("mmd", marks=slow)])
 def test_unbiased_and_its_standard_error_covers(name):
     """1,000 draws of 120 against 180 samples.
 
@@ -84,6 +87,7 @@ def test_unbiased_and_its_standard_error_covers(name):
     assert 0.91 < np.mean(np.abs(values - truth) < 2 * errors) < 0.98
 
 
+@slow
 def test_sliced_wasserstein_of_shifted_gaussians():
     """500 draws of 200 against 300 samples, fresh directions each, against |shift| / sqrt(d).
 
@@ -107,7 +111,8 @@ def test_sliced_wasserstein_of_shifted_gaussians():
 def test_sliced_wasserstein_of_gaussians_of_two_sizes():
     """N(0, a^2 I) and N(0, b^2 I): |a - b|; at 10,000 samples within 4 standard errors, false alarm 6e-5."""
     x, y = draw(jax.random.key(3), 10_000, 8_000, d=3)
-    value, error = metrics.sliced_wasserstein(jax.random.key(1), x, 1.7 * y, num_projections=48)
+    distance = jax.jit(partial(metrics.sliced_wasserstein, num_projections=48))
+    value, error = distance(jax.random.key(1), x, 1.7 * y)
     assert abs(value - 0.7) < 4 * error
     assert error < 0.02
 
@@ -116,7 +121,7 @@ def test_sliced_wasserstein_of_gaussians_of_two_sizes():
 def test_sliced_wasserstein_in_one_dimension_is_the_distance_of_order_two(n, m):
     """Against an optimal assignment of n m copies each, which costs nothing to write and much to run."""
     x, y = draw(jax.random.key(n), n, m, d=1)
-    value, _ = metrics.sliced_wasserstein(jax.random.key(0), x, y, num_projections=3)
+    value, _ = jax.jit(partial(metrics.sliced_wasserstein, num_projections=3))(jax.random.key(0), x, y)
     a, b = np.sort(np.repeat(np.asarray(x[:, 0]), m)), np.sort(np.repeat(np.asarray(y[:, 0]), n))
     np.testing.assert_allclose(value, math.sqrt(np.mean((a - b) ** 2)), rtol=1e-12)
     assert value >= wasserstein_distance(x[:, 0], y[:, 0])  # the distance of order one, by SciPy
@@ -126,7 +131,8 @@ def test_sliced_wasserstein_is_at_most_the_wasserstein_distance():
     """SW_2 of a translation in the plane is |shift| / sqrt 2, the samples the same; SciPy gives W_1 = |shift|."""
     x, _ = draw(jax.random.key(5), 12, 1)
     shift = np.array([[1.5, 2.0]])
-    value, error = metrics.sliced_wasserstein(jax.random.key(0), x, x + shift, num_projections=1600)
+    distance = jax.jit(partial(metrics.sliced_wasserstein, num_projections=1600))
+    value, error = distance(jax.random.key(0), x, x + shift)
     np.testing.assert_allclose(wasserstein_distance_nd(x, x + shift), 2.5, rtol=1e-6)
     assert abs(value - 2.5 / math.sqrt(2)) < 4 * error  # false alarm 6e-5
 
@@ -139,10 +145,10 @@ def test_value_is_the_mean_over_pairs(name):
     kernel = (lambda r: -r) if name == "energy" else (lambda r: np.exp(-(r**2) / (2 * BANDWIDTH**2)))
     within = [(kernel(cdist(z, z)).sum() - kernel(0.0) * len(z)) / (len(z) * (len(z) - 1)) for z in (x, y)]
     expected = sum(within) - 2 * kernel(cdist(x, y)).mean()
-    np.testing.assert_allclose(distance(jnp.asarray(x), jnp.asarray(y))[0], expected, rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(distance)(jnp.asarray(x), jnp.asarray(y))[0], expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["energy", "mmd"])
+@pytest.mark.parametrize("name", ["energy", pytest.param("mmd", marks=slow)])
 def test_no_bias_and_no_false_alarm_where_the_distributions_agree(name):
     """2,000 draws of 40 against 60: the mean within 4 of its standard errors, false alarm 6e-5.
 
@@ -157,6 +163,7 @@ def test_no_bias_and_no_false_alarm_where_the_distributions_agree(name):
     assert np.mean(values > 2 * errors) < 0.023
 
 
+@slow
 @pytest.mark.parametrize("name", CASES)
 def test_permutation_test_keeps_its_level_and_has_power(name):
     """Level 0.1 over 300 draws of 12 against 16 under the null; then the same draws with y moved by 2.
@@ -182,10 +189,16 @@ def test_permutation_test_keeps_its_level_and_has_power(name):
 
 def test_identical_samples():
     x, _ = draw(jax.random.key(8), 30, 1)
-    value, error = metrics.sliced_wasserstein(jax.random.key(0), x, x)
-    assert (value, error) == (0, 0)
-    for distance in (metrics.energy_distance, lambda x, y: metrics.mmd(x, y, 1.0)):
-        value, error = distance(x, x)
+    everything = jax.jit(
+        lambda key, x, y: (
+            metrics.sliced_wasserstein(key, x, y),
+            metrics.energy_distance(x, y),
+            metrics.mmd(x, y, 1.0),
+        )
+    )
+    same, *others = everything(jax.random.key(0), x, x)
+    assert same == (0, 0)
+    for value, error in others:
         assert value < 0  # the unbiased estimate leaves its diagonal out
         assert np.isfinite(error)
 

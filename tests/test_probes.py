@@ -24,7 +24,7 @@ def test_mean_zero_and_identity_covariance(draw):
     """10 covariance entries and 4 means within 4.5 standard errors: false alarm below 14 x 7e-6 = 1e-4 a sampler."""
     x = jnp.zeros((2, 2))
     keys = jax.random.split(jax.random.key(0), NUM)
-    e = np.asarray(jax.vmap(lambda key: draw(key, x, 1)[0])(keys)).reshape(NUM, 4)
+    e = np.asarray(jax.jit(jax.vmap(lambda key: draw(key, x, 1)[0]))(keys)).reshape(NUM, 4)
     products = e[:, :, None] * e[:, None, :]
     for values, mean in ((e, np.zeros(4)), (products, np.eye(4))):
         error = np.abs(values.mean(0) - mean)
@@ -51,7 +51,7 @@ def test_variance_of_one_probe(draw, matrix):
     def one(key):
         return divergence.hutchinson(lambda x: matrix @ x, jnp.ones(m), draw(key, jnp.ones(m)))[1]
 
-    estimates = np.asarray(jax.vmap(one)(jax.random.split(jax.random.key(1), NUM)))
+    estimates = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), NUM)))
     centred = estimates - estimates.mean()
     stderr = np.std(centred**2) / np.sqrt(NUM)
     assert abs(np.mean(centred**2) - expected) < 4.5 * stderr
@@ -90,7 +90,7 @@ def test_orthogonal_probes_do_not_overlap_and_all_of_them_are_exact(matrix):
     def f(x):
         return jnp.tanh(matrix @ x) * jnp.roll(x, 1)
 
-    trace = np.trace(jax.jacfwd(f)(x))
+    trace = np.trace(jax.jit(jax.jacfwd(f))(x))
     for seed in range(3):
         _, estimate = divergence.hutchinson(f, x, probes.orthogonal(jax.random.key(seed), x, 5))
         assert abs(estimate - trace) < 1e-12

@@ -93,8 +93,8 @@ def test_every_loss_has_its_minimum_at_the_true_score(energy):
 
 @pytest.mark.slow
 def test_tiny_run_writes_what_it_says(tmp_path):
-    """Sixty steps of a scalar network: every loss has taken it away from the score 0."""
-    changes = {"features": (32, 32), "batch_size": 128, "num_steps": 60, "num_test": 2000, "measure_every": 20}
+    """A hundred steps of a scalar network: every loss has taken it away from the score 0."""
+    changes = {"features": (32,), "batch_size": 128, "num_steps": 100, "num_test": 2000, "measure_every": 20}
     results = script.main(script.Config(out=str(tmp_path / "run"), energy=True, sigmas=(0.2,), **TINY | changes))
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == results
     for picture in ("fisher.png", "fields.png"):

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax.types import Array
+from dgm_jax.types import Args, Array, VectorField
 
-__all__ = ["concrete", "floating", "noise_levels", "one_time", "probes_for", "typed_key"]
+__all__ = ["concrete", "evaluate", "floating", "noise_for", "noise_levels", "one_time", "probes_for", "typed_key"]
 
 
 def concrete(value: Any) -> bool:
@@ -28,6 +28,32 @@ def floating(name: str, value: Any) -> Array:
             f"convert it first, for instance {name}.astype(jnp.float32)."
         )
     return array
+
+
+def evaluate(name: str, field: VectorField, t: Array, x: Array, args: Args) -> Array:
+    """field(t, x, args), held to the shape and dtype of x: a mean over a broadcast difference would look plausible."""
+    value = field(t, x, args)
+    if jnp.shape(value) != x.shape:
+        raise ValueError(
+            f"{name} returned shape {jnp.shape(value)} for x of shape {x.shape}: it must return "
+            "the shape of one example, without a batch; use jax.vmap over the batch."
+        )
+    if value.dtype != x.dtype:
+        raise TypeError(f"{name} returned dtype {value.dtype} for x of {x.dtype}: cast its parameters or its result.")
+    return value
+
+
+def noise_for(x0: Any, noise: Any) -> tuple[Array, Array]:
+    """``x0`` and ``noise`` as arrays of floats, if they agree in shape and dtype."""
+    x0, noise = floating("x0", x0), floating("noise", noise)
+    if noise.shape != x0.shape:
+        raise ValueError(
+            f"noise has shape {noise.shape} and x0 {x0.shape}: they must agree, "
+            "as from jax.random.normal(key, x0.shape, x0.dtype)."
+        )
+    if noise.dtype != x0.dtype:
+        raise TypeError(f"noise has dtype {noise.dtype} and x0 {x0.dtype}: draw it in x0.dtype.")
+    return x0, noise
 
 
 def noise_levels(sigmas: Any, dtype: Any = None) -> Array:

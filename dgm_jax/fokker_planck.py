@@ -80,8 +80,8 @@ def rhs_log(
         ValueError: when called, for a t that is not one time, or a value that does not fit x.
         TypeError: when called, for an x that is not made of floats.
 
-    Source: Risken (1989), equation 4.94; Lai et al. (2023), "FP-Diffusion: Improving Score-based Diffusion Models by
-    Enforcing the Underlying Score Fokker-Planck Equation", equation 7.
+    Source: Risken (1989), section 4.7; Lai et al. (2023), "FP-Diffusion: Improving Score-based Diffusion Models by
+    Enforcing the Underlying Score Fokker-Planck Equation", section 3.
     """
     rate = _log_rate(sde, _gradient(log_density), backward, divergence)
 
@@ -115,7 +115,7 @@ def rhs(
         ValueError: when called, for a t that is not one time, or a value that does not fit x.
         TypeError: when called, for an x that is not made of floats.
 
-    Source: Risken (1989), equation 4.94; Song et al. (2021), equation 36.
+    Source: Risken (1989), section 4.7; Song et al. (2021), appendix D.1.
     """
     rate = rhs_log(sde, log_density, backward=backward, divergence=divergence)
 
@@ -148,7 +148,7 @@ def residual(
         ValueError: when called, for a t that is not one time, or a value that does not fit x.
         TypeError: when called, for an x that is not made of floats.
 
-    Source: Lai et al. (2023), equation 7.
+    Source: Lai et al. (2023), section 3.
     """
     rate = _log_rate(sde, _gradient(log_density), backward, divergence)
 
@@ -180,7 +180,7 @@ def score_residual(
         ValueError: when called, for a t that is not one time, or a value that does not fit x.
         TypeError: when called, for an x that is not made of floats.
 
-    Source: Lai et al. (2023), equation 9.
+    Source: Lai et al. (2023), section 3, the score Fokker-Planck equation.
     """
     rate = _log_rate(sde, score, backward, divergence)
 

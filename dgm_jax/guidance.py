@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgm_jax import schedules
-from dgm_jax._checks import concrete, floating, one_time, typed_key
+from dgm_jax._checks import concrete, evaluate, floating, noise_for, one_time, typed_key
 from dgm_jax.types import Args, Array, Chain, ScalarField, Schedule, VectorField
 
 __all__ = [
@@ -85,7 +85,7 @@ def classifier(
 
     def field(t: Array, x: Array, args: Args = None) -> Array:
         t, x = _at(t, x)
-        s = _evaluate("score", score, t, x, args)
+        s = evaluate("score", score, t, x, args)
 
         def pull() -> Array:
             return _gradient(log_prob_y, t, x, args)
@@ -133,10 +133,10 @@ def classifier_free(
         t, x = _at(t, x)
 
         def with_label() -> Array:
-            return _evaluate("conditional", conditional, t, x, args)
+            return evaluate("conditional", conditional, t, x, args)
 
         def without() -> Array:
-            return _evaluate("unconditional", unconditional, t, x, args)
+            return evaluate("unconditional", unconditional, t, x, args)
 
         if _is(gamma, 1):
             return with_label()
@@ -198,7 +198,7 @@ def classifier_noise(
             raise TypeError(f"n must be an integer, the step of the chain from 0 to {num - 1}, got dtype {n.dtype}.")
         if concrete(n) and not 0 <= int(n) < num:
             raise ValueError(f"n must be a step of the chain, from 0 to {num - 1}, got {int(n)}.")
-        eps = _evaluate("noise_model", noise_model, n, x, args)
+        eps = evaluate("noise_model", noise_model, n, x, args)
         at_n = jnp.where((n >= 0) & (n < num), alpha_bars[jnp.clip(n, 0, num - 1)], jnp.nan)
 
         def pull() -> Array:
@@ -232,8 +232,8 @@ def implied_gradient(conditional: VectorField, unconditional: VectorField) -> Ve
 
     def field(t: Array, x: Array, args: Args = None) -> Array:
         t, x = _at(t, x)
-        c = _evaluate("conditional", conditional, t, x, args)
-        return c - _evaluate("unconditional", unconditional, t, x, args)
+        c = evaluate("conditional", conditional, t, x, args)
+        return c - evaluate("unconditional", unconditional, t, x, args)
 
     return field
 
@@ -362,15 +362,8 @@ def cross_entropy(
 
     Source: Dhariwal & Nichol (2021), section 4: a classifier trained on noisy images.
     """
-    x0, noise = floating("x0", x0), floating("noise", noise)
+    x0, noise = noise_for(x0, noise)
     t = one_time(t, x0.dtype)
-    if noise.shape != x0.shape:
-        raise ValueError(
-            f"noise has shape {noise.shape} and x0 {x0.shape}: they must agree, "
-            "as from jax.random.normal(key, x0.shape, x0.dtype)."
-        )
-    if noise.dtype != x0.dtype:
-        raise TypeError(f"noise has dtype {noise.dtype} and x0 {x0.dtype}: draw it in x0.dtype.")
     x_t = schedules.alpha(schedule, t) * x0 + schedules.sigma(schedule, t) * noise
     return -_log_softmax(logits(t, x_t, args), label)
 
@@ -432,19 +425,6 @@ def _at(t: Array, x: Array) -> tuple[Array, Array]:
     if jnp.issubdtype(t.dtype, jnp.integer):
         return one_time(t, t.dtype), x
     return one_time(t, x.dtype), x
-
-
-def _evaluate(name: str, field: VectorField, t: Array, x: Array, args: Args) -> Array:
-    """field(t, x, args), held to the shape and dtype of x."""
-    value = field(t, x, args)
-    if jnp.shape(value) != x.shape:
-        raise ValueError(
-            f"{name} returned shape {jnp.shape(value)} for x of shape {x.shape}: it must return "
-            "the shape of one example, without a batch; use jax.vmap over the batch."
-        )
-    if value.dtype != x.dtype:
-        raise TypeError(f"{name} returned dtype {value.dtype} for x of {x.dtype}: cast its parameters or its result.")
-    return value
 
 
 def _gradient(log_prob_y: ScalarField, t: Array, x: Array, args: Args) -> Array:

@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax._checks import concrete, floating, noise_levels
+from dgm_jax._checks import concrete, evaluate, noise_for, noise_levels
 from dgm_jax.types import Args, Array, VectorField
 
 __all__ = ["levels", "loss", "step_size"]
@@ -81,7 +81,7 @@ def loss(score: VectorField, sigmas: Array, level: int | Array, x0: Array, noise
 
     Source: Song & Ermon (2019), equations 5 and 6.
     """
-    x0, noise = floating("x0", x0), floating("noise", noise)
+    x0, noise = noise_for(x0, noise)
     sigmas = noise_levels(sigmas, x0.dtype)
     index = jnp.asarray(level)
     if not jnp.issubdtype(index.dtype, jnp.integer):
@@ -91,22 +91,8 @@ def loss(score: VectorField, sigmas: Array, level: int | Array, x0: Array, noise
     num = sigmas.shape[0]
     if concrete(index) and not 0 <= int(index) < num:
         raise ValueError(f"level must be from 0 to {num - 1}, an index into the {num} levels, got {int(index)}.")
-    if noise.shape != x0.shape:
-        raise ValueError(
-            f"noise has shape {noise.shape} and x0 {x0.shape}: they must agree, "
-            "as from jax.random.normal(key, x0.shape, x0.dtype)."
-        )
-    if noise.dtype != x0.dtype:
-        raise TypeError(f"noise has dtype {noise.dtype} and x0 {x0.dtype}: draw it in x0.dtype.")
     sigma = jnp.where((index >= 0) & (index < num), sigmas[index], jnp.nan)
-    s = score(sigma, x0 + sigma * noise, args)
-    if jnp.shape(s) != x0.shape:
-        raise ValueError(
-            f"score returned shape {jnp.shape(s)} for x of shape {x0.shape}: it must return "
-            "the shape of one example, without a batch; use jax.vmap over the batch."
-        )
-    if s.dtype != x0.dtype:
-        raise TypeError(f"score returned dtype {s.dtype} for x of {x0.dtype}: cast its parameters or its result.")
+    s = evaluate("score", score, sigma, x0 + sigma * noise, args)
     return 0.5 * jnp.sum(jnp.square(sigma * s + noise))
 
 

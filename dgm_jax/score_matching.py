@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from dgm_jax import divergence as divergences
 from dgm_jax import schedules
-from dgm_jax._checks import floating, one_time
+from dgm_jax._checks import evaluate, floating, noise_for, one_time
 from dgm_jax.types import Args, Array, Divergence, ScalarField, Schedule, VectorField
 
 __all__ = [
@@ -63,7 +63,7 @@ def explicit(score: VectorField, target: VectorField, t: Array, x: Array, args: 
     """
     x = floating("x", x)
     t = one_time(t, x.dtype)
-    s, s_true = _evaluate("score", score, t, x, args), _evaluate("target", target, t, x, args)
+    s, s_true = evaluate("score", score, t, x, args), evaluate("target", target, t, x, args)
     return 0.5 * jnp.sum((s - s_true) ** 2)
 
 
@@ -104,7 +104,7 @@ def implicit(
     t = one_time(t, x.dtype)
     if divergence is None:
         divergence = divergences.exact if probes is None else divergences.hutchinson
-    s, trace = divergence(lambda y: _evaluate("score", score, t, y, args), x, probes)
+    s, trace = divergence(lambda y: evaluate("score", score, t, y, args), x, probes)
     return 0.5 * jnp.sum(s**2) + trace
 
 
@@ -150,7 +150,7 @@ def sliced(
     """
     x = floating("x", x)
     t = one_time(t, x.dtype)
-    s, forms = divergences.quadratic_forms(lambda y: _evaluate("score", score, t, y, args), x, probes)
+    s, forms = divergences.quadratic_forms(lambda y: evaluate("score", score, t, y, args), x, probes)
     if variance_reduction:
         return jnp.mean(forms) + 0.5 * jnp.sum(s**2)
     projections = jnp.sum(probes * s[None], axis=tuple(range(1, probes.ndim)))
@@ -192,19 +192,12 @@ def denoising(
     Source: Vincent (2011), "A connection between score matching and denoising autoencoders", equation 9;
     Song et al. (2021), "Score-Based Generative Modeling through Stochastic Differential Equations", equation 7.
     """
-    x0, noise = floating("x0", x0), floating("noise", noise)
+    x0, noise = noise_for(x0, noise)
     t = one_time(t, x0.dtype)
-    if noise.shape != x0.shape:
-        raise ValueError(
-            f"noise has shape {noise.shape} and x0 {x0.shape}: they must agree, "
-            "as from jax.random.normal(key, x0.shape, x0.dtype)."
-        )
-    if noise.dtype != x0.dtype:
-        raise TypeError(f"noise has dtype {noise.dtype} and x0 {x0.dtype}: draw it in x0.dtype.")
     alpha, variance = schedules.alpha(schedule, t), schedule.variance(t)
     sigma = jnp.sqrt(variance)
     x_t = alpha * x0 + sigma * noise
-    s = _evaluate("score", score, t, x_t, args)
+    s = evaluate("score", score, t, x_t, args)
     factor = 1 / variance if weight is None else weight(t) / variance
     return 0.5 * factor * jnp.sum((sigma * s + noise) ** 2)
 
@@ -293,19 +286,6 @@ def fisher_divergence(
         )
     each = jax.vmap(lambda x: explicit(score_q, score_p, t, x, args))(samples)
     return jnp.mean(each), jnp.std(each, ddof=1) / len(each) ** 0.5
-
-
-def _evaluate(name: str, field: VectorField, t: Array, x: Array, args: Args) -> Array:
-    """field(t, x, args), held to the shape and dtype of x: a mean over a broadcast difference would look plausible."""
-    value = field(t, x, args)
-    if jnp.shape(value) != x.shape:
-        raise ValueError(
-            f"{name} returned shape {jnp.shape(value)} for x of shape {x.shape}: it must return "
-            "the shape of one example, without a batch; use jax.vmap over the batch."
-        )
-    if value.dtype != x.dtype:
-        raise TypeError(f"{name} returned dtype {value.dtype} for x of {x.dtype}: cast its parameters or its result.")
-    return value
 
 
 def _scalar(log_density: ScalarField) -> ScalarField:

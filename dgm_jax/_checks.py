@@ -8,7 +8,18 @@ import numpy as np
 
 from dgm_jax.types import Args, Array, VectorField
 
-__all__ = ["concrete", "evaluate", "floating", "noise_for", "noise_levels", "one_time", "probes_for", "typed_key"]
+__all__ = [
+    "agree",
+    "concrete",
+    "evaluate",
+    "floating",
+    "like",
+    "noise_levels",
+    "one_time",
+    "positive_integer",
+    "probes_for",
+    "typed_key",
+]
 
 
 def concrete(value: Any) -> bool:
@@ -30,34 +41,51 @@ def floating(name: str, value: Any) -> Array:
     return array
 
 
+def like(name: str, value: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    """``value``, if it is an array of that shape and dtype: broadcast or cast, it would look plausible."""
+    if not isinstance(value, jax.Array | np.ndarray | np.generic):
+        raise TypeError(f"{name} returned a {type(value).__name__}, expected an array of shape {shape} and {dtype}.")
+    if value.shape != shape:
+        wanted = f"the shape of one example, {shape}" if shape else "one number, of shape ()"
+        raise ValueError(
+            f"{name} returned shape {value.shape}: it must return {wanted}, without a batch; use jax.vmap over a batch."
+        )
+    if value.dtype != dtype:
+        raise TypeError(f"{name} returned dtype {value.dtype} for x of {dtype}: cast its parameters or its result.")
+    return jnp.asarray(value)
+
+
 def evaluate(name: str, field: VectorField, t: Array, x: Array, args: Args) -> Array:
-    """field(t, x, args), held to the shape and dtype of x: a mean over a broadcast difference would look plausible."""
-    value = field(t, x, args)
-    if jnp.shape(value) != x.shape:
-        raise ValueError(
-            f"{name} returned shape {jnp.shape(value)} for x of shape {x.shape}: it must return "
-            "the shape of one example, without a batch; use jax.vmap over the batch."
-        )
-    if value.dtype != x.dtype:
-        raise TypeError(f"{name} returned dtype {value.dtype} for x of {x.dtype}: cast its parameters or its result.")
-    return value
+    """field(t, x, args), held to the shape and dtype of x."""
+    return like(name, field(t, x, args), x.shape, x.dtype)
 
 
-def noise_for(x0: Any, noise: Any) -> tuple[Array, Array]:
-    """``x0`` and ``noise`` as arrays of floats, if they agree in shape and dtype."""
-    x0, noise = floating("x0", x0), floating("noise", noise)
-    if noise.shape != x0.shape:
+def agree(name: str, x: Any, other_name: str, other: Any) -> tuple[Array, Array]:
+    """Both as arrays of floats, if they agree in shape and dtype."""
+    x, other = floating(name, x), floating(other_name, other)
+    if other.shape != x.shape:
         raise ValueError(
-            f"noise has shape {noise.shape} and x0 {x0.shape}: they must agree, "
-            "as from jax.random.normal(key, x0.shape, x0.dtype)."
+            f"{other_name} has shape {other.shape} and {name} {x.shape}: they must agree, as noise does from "
+            f"jax.random.normal(key, {name}.shape, {name}.dtype)."
         )
-    if noise.dtype != x0.dtype:
-        raise TypeError(f"noise has dtype {noise.dtype} and x0 {x0.dtype}: draw it in x0.dtype.")
-    return x0, noise
+    if other.dtype != x.dtype:
+        raise TypeError(f"{other_name} has dtype {other.dtype} and {name} {x.dtype}: one dtype for both.")
+    return x, other
+
+
+def positive_integer(name: str, value: Any, least: int = 1) -> int:
+    """``value``, if it is an integer of at least ``least`` that is known now. Raises ``ValueError``."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+    return int(value)
 
 
 def noise_levels(sigmas: Any, dtype: Any = None) -> Array:
-    """``sigmas`` in ``dtype``, if they are levels of noise from large to small ``[L]``; ``ValueError`` otherwise."""
+    """``sigmas`` in ``dtype``, if they are levels of noise from large to small ``[L]``; ``ValueError`` otherwise.
+
+    NaN where they are not and that could not be known in time to raise.
+    """
     sigmas = floating("sigmas", sigmas)
     if sigmas.ndim != 1 or sigmas.shape[0] == 0:
         raise ValueError(f"sigmas must have shape [L] with L at least 1, got shape {sigmas.shape}.")
@@ -70,6 +98,9 @@ def noise_levels(sigmas: Any, dtype: Any = None) -> Array:
                 f"sigmas must fall from the largest to the smallest, got {values.tolist()}: "
                 "ncsn.levels(sigma_max, sigma_min, num) makes such levels."
             )
+    else:
+        falling = jnp.all(jnp.diff(sigmas) < 0) & jnp.all((sigmas > 0) & jnp.isfinite(sigmas))
+        sigmas = jnp.where(falling, sigmas, jnp.nan)
     return sigmas if dtype is None else sigmas.astype(dtype)
 
 

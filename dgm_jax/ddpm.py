@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax._checks import concrete, floating, typed_key
+from dgm_jax._checks import agree, concrete, floating, like, positive_integer, typed_key
 from dgm_jax.types import Args, Array, Chain, Schedule, VectorField
 
 __all__ = [
@@ -112,7 +112,7 @@ def linear(num_steps: int, beta_min: float = 1e-4, beta_max: float = 0.02, *, dt
     Source: Ho et al. (2020), section 4.
     """
     _in_unit_interval("beta_min and beta_max", np.asarray([beta_min, beta_max]))
-    return chain(np.linspace(beta_min, beta_max, _positive("num_steps", num_steps)), dtype=dtype)
+    return chain(np.linspace(beta_min, beta_max, positive_integer("num_steps", num_steps)), dtype=dtype)
 
 
 def cosine(num_steps: int, offset: float = 0.008, *, beta_max: float = 0.999, dtype: Any = None) -> Chain:
@@ -136,7 +136,7 @@ def cosine(num_steps: int, offset: float = 0.008, *, beta_max: float = 0.999, dt
     """
     if not 0.0 <= offset < math.inf:
         raise ValueError(f"offset must be finite and at least 0, got {offset}: the paper has 0.008.")
-    ends = np.linspace(0.0, 1.0, _positive("num_steps", num_steps) + 1)
+    ends = np.linspace(0.0, 1.0, positive_integer("num_steps", num_steps) + 1)
     angles = 0.5 * math.pi * (1.0 - ends) / (1.0 + offset)  # of the sine that is f's cosine: accurate beside t = 1
     return _from_log_alpha_bars(2.0 * np.log(np.maximum(np.sin(angles), 1e-300)), beta_max, dtype)
 
@@ -162,7 +162,7 @@ def discretize(schedule: Schedule, num_steps: int, *, beta_max: float = 0.999, d
     appendix B.
     """
     with jax.ensure_compile_time_eval():
-        ends = jnp.linspace(0.0, 1.0, _positive("num_steps", num_steps) + 1)
+        ends = jnp.linspace(0.0, 1.0, positive_integer("num_steps", num_steps) + 1)
         log_alpha, variance = jax.vmap(lambda t: (schedule.log_alpha(t), schedule.variance(t)))(ends)
     sums = np.exp(2.0 * np.asarray(log_alpha, np.float64)) + np.asarray(variance, np.float64)
     if not np.allclose(sums, 1.0, rtol=0.0, atol=1e-5):
@@ -221,7 +221,8 @@ def at_steps(field: VectorField, chain: Chain) -> VectorField:
         chain: gives T.
 
     Returns:
-        The same by the number of the step n, an integer ``[]``.
+        The same by the number of the step n, an integer ``[]``. For an n out of the chain that could not be known in
+        time to raise, the time is NaN.
 
     Raises:
         ValueError, TypeError: for a chain that is not one; when called, for a step that is not in it.
@@ -233,7 +234,9 @@ def at_steps(field: VectorField, chain: Chain) -> VectorField:
 
     def model(n: Array, x: Array, args: Args = None) -> Any:
         x = floating("x", x)
-        return field((_step(chain, n).astype(x.dtype) + 1.0) / steps, x, args)
+        n = _step(chain, n)
+        t = jnp.where((n >= 0) & (n < steps), (n.astype(x.dtype) + 1.0) / steps, jnp.nan)
+        return field(t, x, args)
 
     return model
 
@@ -290,7 +293,7 @@ def q_step(chain: Chain, n: Array | int, x: Array, noise: Array) -> Array:
 
     Source: Ho et al. (2020), equation 2.
     """
-    x, noise = _pair("x", x, "noise", noise)
+    x, noise = agree("x", x, "noise", noise)
     row = _row(_check(chain), n, x.dtype)
     return jnp.sqrt(1.0 - row.beta) * x + jnp.sqrt(row.beta) * noise
 
@@ -315,7 +318,7 @@ def q_sample(chain: Chain, n: Array | int, x0: Array, noise: Array) -> Array:
 
     Source: Ho et al. (2020), equation 4.
     """
-    x0, noise = _pair("x0", x0, "noise", noise)
+    x0, noise = agree("x0", x0, "noise", noise)
     row = _row(_check(chain), n, x0.dtype)
     return row.scale * x0 + jnp.sqrt(row.variance) * noise
 
@@ -341,7 +344,7 @@ def posterior(chain: Chain, n: Array | int, x_n: Array, x0: Array) -> tuple[Arra
 
     Source: Ho et al. (2020), equations 6 and 7.
     """
-    x_n, x0 = _pair("x_n", x_n, "x0", x0)
+    x_n, x0 = agree("x_n", x_n, "x0", x0)
     row = _row(_check(chain), n, x_n.dtype)
     return row.mean_x0 * x0 + row.mean_xn * x_n, row.posterior
 
@@ -385,7 +388,7 @@ def p_step(
 
     Source: Ho et al. (2020), algorithm 2; Nichol & Dhariwal (2021), equation 15.
     """
-    x, noise = _pair("x", x, "noise", noise)
+    x, noise = agree("x", x, "noise", noise)
     chain = _check(chain)
     return _p_step(noise_model, _table(chain), _step(chain, n), x, noise, args, _known(variance), _range(clip))
 
@@ -512,7 +515,7 @@ def loss(
 
     Source: Ho et al. (2020), equation 14; with ``weights``, equation 12.
     """
-    x0, noise = _pair("x0", x0, "noise", noise)
+    x0, noise = agree("x0", x0, "noise", noise)
     chain = _check(chain)
     n = _step(chain, n)
     error = jnp.sum(jnp.square(noise - _noise(noise_model, n, q_sample(chain, n, x0, noise), args)))
@@ -559,7 +562,7 @@ def hybrid_loss(
 
     Source: Nichol & Dhariwal (2021), equation 16.
     """
-    x0, noise = _pair("x0", x0, "noise", noise)
+    x0, noise = agree("x0", x0, "noise", noise)
     chain = _check(chain)
     n = _step(chain, n)
     predicted, v = _prediction(noise_model, n, q_sample(chain, n, x0, noise), args, "learned")
@@ -617,7 +620,8 @@ def bound_term(
         noise: eps ~ N(0, I) ``[*event]``, in the dtype of ``x0``: makes x_n.
         args: passed to the model.
         variance: "beta", "posterior" or "learned": see ``p_step``.
-        bins: ``(levels, low, high)`` for data with levels: [low, high] cut into that many equal bins.
+        bins: ``(levels, low, high)`` for data with levels: [low, high] cut into that many equal bins. An x0 outside has
+            no bin: L_0 is NaN.
 
     Returns:
         The term in nats ``[]``. Its mean over noise is a term of -log p(x0) <= L_prior + sum over n of L_n.
@@ -629,7 +633,7 @@ def bound_term(
 
     Source: Ho et al. (2020), equations 5 and 13; Nichol & Dhariwal (2021), equations 4 to 6 and 15.
     """
-    x0, noise = _pair("x0", x0, "noise", noise)
+    x0, noise = agree("x0", x0, "noise", noise)
     chain = _check(chain)
     return _bound_term(
         noise_model, _table(chain), _step(chain, n), x0, noise, args, _known(variance), _checked_bins(bins)
@@ -702,7 +706,7 @@ def bound(
     key, x0 = typed_key(key), floating("x0", x0)
     chain = _check(chain)
     table, variance, bins = _table(chain), _known(variance), _checked_bins(bins)
-    if _positive("num_draws", num_draws) < 2:
+    if positive_integer("num_draws", num_draws) < 2:
         raise ValueError(f"num_draws must be at least 2, for a standard error, got {num_draws}.")
 
     def term(n: Array) -> tuple[Array, Array]:
@@ -742,7 +746,8 @@ def _table(chain: Chain) -> _Table:
     before = jnp.concatenate([jnp.zeros_like(beta[:1]), log_kept[:-1]])
     variance, variance_before = -jnp.expm1(log_kept), -jnp.expm1(before)
     posterior = beta * variance_before / variance
-    gap = jnp.log1p(-(beta[1:] * jnp.exp(before[1:]) / variance[1:]))
+    share = beta[1:] * jnp.exp(before[1:]) / variance[1:]  # 1 - the quotient: of the two take what keeps its digits
+    gap = jnp.where(share < 0.5, jnp.log1p(-jnp.minimum(share, 0.5)), jnp.log(variance_before[1:] / variance[1:]))
     first = jnp.log(posterior[1:2] / beta[:1]) if beta.shape[0] > 1 else jnp.zeros_like(beta)
     return _Table(
         beta,
@@ -831,7 +836,8 @@ def _log_mass(x0: Array, mean: Array, log_variance: Array, bins: _Bins) -> Array
     near, far = jnp.where(a > 0.0, -b, a), jnp.where(a > 0.0, -a, b)  # the same mass on the left, where it has digits
     log_far = jax.scipy.special.log_ndtr(far)
     between = log_far + jnp.log(-jnp.expm1(jax.scipy.special.log_ndtr(near) - log_far))
-    return jnp.where(k == 0, below, jnp.where(k == levels - 1, above, between))
+    mass = jnp.where(k == 0, below, jnp.where(k == levels - 1, above, between))
+    return jnp.where((x0 >= low) & (x0 <= high), mass, jnp.nan)
 
 
 def _prediction(
@@ -846,35 +852,15 @@ def _prediction(
             f'noise_model must return a pair (noise, v) for variance="learned", got {type(value).__name__}: '
             'or pass variance="posterior".'
         )
-    return _like("noise_model's noise", value[0], x), _like("noise_model's v", value[1], x)
+    noise, v = value
+    return like("noise_model's noise", noise, x.shape, x.dtype), like("noise_model's v", v, x.shape, x.dtype)
 
 
 def _noise(noise_model: Callable[[Array, Array, Args], Any], n: Array, x: Array, args: Args) -> Array:
     value = noise_model(n, x, args)
     if isinstance(value, tuple):
         raise TypeError('noise_model returned a tuple, expected the noise alone: a pair goes with variance="learned".')
-    return _like("noise_model", value, x)
-
-
-def _like(name: str, value: Array, x: Array) -> Array:
-    """``value``, held to the shape and dtype of x: broadcast, it would look plausible."""
-    if jnp.shape(value) != x.shape:
-        raise ValueError(
-            f"{name} has shape {jnp.shape(value)} for x of shape {x.shape}: it must have the shape of one example, "
-            "without a batch; use jax.vmap over the batch."
-        )
-    if value.dtype != x.dtype:
-        raise TypeError(f"{name} has dtype {value.dtype} for x of {x.dtype}: cast its parameters or its result.")
-    return value
-
-
-def _pair(name: str, x: Array, other_name: str, other: Array) -> tuple[Array, Array]:
-    x, other = floating(name, x), floating(other_name, other)
-    if other.shape != x.shape:
-        raise ValueError(f"{other_name} has shape {other.shape} and {name} {x.shape}: they must agree.")
-    if other.dtype != x.dtype:
-        raise TypeError(f"{other_name} has dtype {other.dtype} and {name} {x.dtype}: cast one to the other.")
-    return x, other
+    return like("noise_model", value, x.shape, x.dtype)
 
 
 def _check(chain: Chain) -> Chain:
@@ -917,12 +903,6 @@ def _step(chain: Chain, n: Any) -> Array:
     return array.astype(jnp.int32)
 
 
-def _positive(name: str, num: Any) -> int:
-    if isinstance(num, bool) or not isinstance(num, int | np.integer) or num < 1:
-        raise ValueError(f"{name} must be a positive integer, got {num!r}.")
-    return int(num)
-
-
 def _known(variance: _Variance) -> _Variance:
     if variance not in ("beta", "posterior", "learned"):
         raise ValueError(f'variance must be "beta", "posterior" or "learned", got {variance!r}.')
@@ -939,6 +919,6 @@ def _checked_bins(bins: _Bins | None) -> _Bins | None:
     if bins is None:
         return None
     levels, low, high = bins
-    if _positive("bins[0], the number of levels,", levels) < 2 or not -math.inf < low < high < math.inf:
+    if positive_integer("bins[0], the number of levels,", levels) < 2 or not -math.inf < low < high < math.inf:
         raise ValueError(f"bins must be (levels, low, high) with at least 2 levels and low < high, got {bins}.")
     return levels, float(low), float(high)

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgm_jax import schedules
-from dgm_jax._checks import concrete, evaluate, floating, noise_for, one_time, typed_key
+from dgm_jax._checks import agree, concrete, evaluate, floating, one_time, typed_key
 from dgm_jax.types import Args, Array, Chain, ScalarField, Schedule, VectorField
 
 __all__ = [
@@ -362,7 +362,7 @@ def cross_entropy(
 
     Source: Dhariwal & Nichol (2021), section 4: a classifier trained on noisy images.
     """
-    x0, noise = noise_for(x0, noise)
+    x0, noise = agree("x0", x0, "noise", noise)
     t = one_time(t, x0.dtype)
     x_t = schedules.alpha(schedule, t) * x0 + schedules.sigma(schedule, t) * noise
     return -_log_softmax(logits(t, x_t, args), label)

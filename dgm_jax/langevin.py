@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax._checks import concrete, floating, noise_levels, one_time, typed_key
+from dgm_jax._checks import concrete, evaluate, floating, like, noise_levels, one_time, positive_integer, typed_key
 from dgm_jax.types import Args, Array, ScalarField, VectorField
 
 __all__ = ["Info", "annealed", "effective_sample_size", "metropolis", "unadjusted"]
@@ -87,7 +87,7 @@ def unadjusted(
     key, x0 = typed_key(key), floating("x0", x0)
     eta, t = _step_size(step_size, x0), one_time(t, x0.dtype)
     _check_counts(num_steps, thin)
-    _check_value("score", lambda: score(t, x0, args), x0.shape, x0.dtype)
+    jax.eval_shape(lambda x: evaluate("score", score, t, x, args), x0)
 
     def step(n: Array, x: Array) -> Array:
         eps = jax.random.normal(jax.random.fold_in(key, n), x.shape, x.dtype)
@@ -128,8 +128,8 @@ def metropolis(
         t: the time at which the log-density is held ``[]``.
 
     Returns:
-        ``(x [*event], info)``. Where log p or its gradient is not finite at x0 and that could not be known in time to
-        raise (under ``jit`` or ``vmap``), x and the states are NaN.
+        ``(x [*event], info)``. Where log p or its gradient is not finite at x0, or the step size not positive, and that
+        could not be known in time to raise (under ``jit`` or ``vmap``), x and the states are NaN.
 
     Raises:
         ValueError: for a step size, number of steps or ``thin`` out of range, a log-density that is not a scalar, or
@@ -142,7 +142,7 @@ def metropolis(
     key, x0 = typed_key(key), floating("x0", x0)
     eta, t = _step_size(step_size, x0), one_time(t, x0.dtype)
     _check_counts(num_steps, thin)
-    _check_value("log_density", lambda: log_density(t, x0, args), (), x0.dtype)
+    jax.eval_shape(lambda x: like("log_density", log_density(t, x, args), (), x.dtype), x0)
     value_and_grad = jax.value_and_grad(lambda x: log_density(t, x, args))
 
     def step(n: Array, carry: _Carry) -> _Carry:
@@ -170,6 +170,7 @@ def metropolis(
             f"x0 is where the log-density is {float(log_p):g} and its gradient "
             f"{'' if np.all(np.isfinite(gradient)) else 'not '}finite: start inside the support."
         )
+    fine &= jnp.all(jnp.isfinite(eta))  # with no step to take, a chain that stays would look like one that moves
     start = _Carry(jnp.where(fine, x0, jnp.nan), log_p, gradient, jnp.zeros((), x0.dtype), jnp.zeros((), jnp.int32))
     last, states = _iterate(step, start, num_steps, thin, lambda carry: carry.x)
     return last.x, Info(last.accepted / num_steps, last.nonfinite, states)
@@ -204,8 +205,8 @@ def annealed(
         sigmas: the levels, positive and falling ``[L]``. Brought to the dtype of x0. ``ncsn.levels`` makes them.
         x0: where to start ``[*event]``, usually sigma_1 N(0, I).
         args: passed to the score.
-        step_size: of the last level, positive, less than 4 sigma_L^2, beyond which the steps diverge. Brought to the
-            dtype of x0. ``ncsn.step_size`` chooses one.
+        step_size: of the last level, positive, less than 4 sigma_L^2, beyond which the steps diverge at levels wider
+            than the data. Brought to the dtype of x0. ``ncsn.step_size`` chooses one.
         num_steps: the number of steps at each level.
         denoise: take the last step that removes the noise. One more evaluation.
         thin: return every thin-th state too; it divides L ``num_steps``. The denoised state is not among them.
@@ -229,12 +230,12 @@ def annealed(
     if concrete((eta, sigmas)) and not eta < 4 * sigmas[-1] ** 2:
         raise ValueError(
             f"step_size must be less than 4 sigma_L^2 = {float(4 * sigmas[-1] ** 2):g}, got {float(eta):g}: with a "
-            "larger one every level diverges; ncsn.step_size(sigmas, num_steps) chooses one."
+            "larger one the levels that are wider than the data diverge; ncsn.step_size(sigmas, num_steps) chooses one."
         )
     _check_counts(num_steps, None)
     total = sigmas.shape[0] * num_steps
     _check_counts(total, thin)
-    _check_value("score", lambda: score(sigmas[0], x0, args), x0.shape, x0.dtype)
+    jax.eval_shape(lambda x: evaluate("score", score, sigmas[0], x, args), x0)
 
     def step(n: Array, x: Array) -> Array:
         sigma = sigmas[n // num_steps]
@@ -342,7 +343,7 @@ def _finite(log_p: Array, gradient: Array) -> Array:
 
 
 def _step_size(step_size: float | Array, x: Array, *, scalar: bool = False) -> Array:
-    """``step_size`` in the dtype of x, if it is positive and fits."""
+    """``step_size`` in the dtype of x, if it fits and is positive: NaN where that could not be known in time."""
     array = jnp.asarray(step_size)
     if array.shape != () and (scalar or array.shape != x.shape):
         wanted = "one number" if scalar else f"one number, or one for each coordinate of x, {x.shape}"
@@ -350,28 +351,13 @@ def _step_size(step_size: float | Array, x: Array, *, scalar: bool = False) -> A
     array = array.astype(x.dtype)
     if concrete(array) and not np.all((np.asarray(array) > 0) & np.isfinite(np.asarray(array))):
         raise ValueError(f"step_size must be positive and finite, got {step_size}.")
-    return array
+    return jnp.where((array > 0) & jnp.isfinite(array), array, jnp.nan)
 
 
 def _check_counts(num_steps: int, thin: int | None) -> None:
-    for name, value in (("num_steps", num_steps), ("thin", thin)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    if thin is not None and num_steps % thin:
+    positive_integer("num_steps", num_steps)
+    if thin is not None and num_steps % positive_integer("thin", thin):
         raise ValueError(
             f"thin must divide the number of steps, {num_steps}, got {thin}: with {num_steps // thin * thin or thin} "
             "steps it would."
         )
-
-
-def _check_value(name: str, evaluate: Callable[[], Array], shape: tuple[int, ...], dtype: Any) -> None:
-    value = jax.eval_shape(evaluate)
-    if value.shape != shape:
-        wanted = f"the shape of x, {shape}" if shape else "a scalar []"
-        raise ValueError(
-            f"{name} must return {wanted}, got shape {value.shape}: it takes one example; use jax.vmap over a batch."
-        )
-    if value.dtype != dtype:
-        raise TypeError(f"{name} returned dtype {value.dtype} for x of {dtype}: cast its parameters or its result.")

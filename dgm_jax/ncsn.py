@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax._checks import concrete, evaluate, noise_for, noise_levels
+from dgm_jax._checks import agree, concrete, evaluate, noise_levels, positive_integer
 from dgm_jax.types import Args, Array, VectorField
 
 __all__ = ["levels", "loss", "step_size"]
@@ -39,7 +39,9 @@ def levels(sigma_max: float, sigma_min: float, num: int, *, dtype: Any = float) 
         The levels ``[num]``; the ends are exact.
 
     Raises:
-        ValueError: unless sigma_max > sigma_min > 0, both finite, and num is an integer of at least 2.
+        ValueError: unless sigma_max > sigma_min > 0, both finite, and num is an integer of at least 2; for levels that
+            the dtype cannot tell apart.
+        TypeError: for a dtype that is not of floats.
 
     Source: Song & Ermon (2019), section 4.1; Song & Ermon (2020), techniques 1 and 2.
     """
@@ -48,9 +50,11 @@ def levels(sigma_max: float, sigma_min: float, num: int, *, dtype: Any = float) 
             f"levels need sigma_max > sigma_min > 0, both finite, got sigma_max={sigma_max} and sigma_min={sigma_min}: "
             "the noise falls from the first to the last."
         )
-    if isinstance(num, bool) or not isinstance(num, int | np.integer) or num < 2:
-        raise ValueError(f"num must be an integer of at least 2, got {num!r}.")
-    return jnp.asarray(np.geomspace(float(sigma_max), float(sigma_min), int(num)), dtype)
+    dtype = jnp.zeros((), dtype).dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be of floats, got {dtype}: pass jnp.float32, or leave it out.")
+    exact = np.geomspace(float(sigma_max), float(sigma_min), positive_integer("num", num, 2))
+    return noise_levels(jnp.asarray(exact, dtype))  # which in a short dtype may not fall, or not be finite
 
 
 def loss(score: VectorField, sigmas: Array, level: int | Array, x0: Array, noise: Array, args: Args = None) -> Array:
@@ -71,7 +75,8 @@ def loss(score: VectorField, sigmas: Array, level: int | Array, x0: Array, noise
         args: passed to the score: parameters, conditioning.
 
     Returns:
-        The loss ``[]``; NaN for a level outside the ladder that could not be known in time to raise.
+        The loss ``[]``; NaN for a level outside the ladder, or levels that do not fall, that could not be known in time
+        to raise.
 
     Raises:
         ValueError: for levels that do not fall or are not positive, a level that is not one of them, or ``noise`` or
@@ -81,7 +86,7 @@ def loss(score: VectorField, sigmas: Array, level: int | Array, x0: Array, noise
 
     Source: Song & Ermon (2019), equations 5 and 6.
     """
-    x0, noise = noise_for(x0, noise)
+    x0, noise = agree("x0", x0, "noise", noise)
     sigmas = noise_levels(sigmas, x0.dtype)
     index = jnp.asarray(level)
     if not jnp.issubdtype(index.dtype, jnp.integer):
@@ -124,8 +129,7 @@ def step_size(sigmas: Array, num_steps: int) -> float:
         raise TypeError("sigmas must be known when a function is traced: choose the step outside.")
     if sigmas.shape[0] < 2:
         raise ValueError("sigmas must hold at least 2 levels, got 1: any step below 4 sigma^2 will do.")
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or num_steps < 1:
-        raise ValueError(f"num_steps must be a positive integer, got {num_steps!r}.")
+    num_steps = positive_integer("num_steps", num_steps)
     values = np.asarray(sigmas, np.float64)
     gamma = np.max(values[:-1] / values[1:])
     r = np.geomspace(1e-8, 2.0, 200_001)  # at r = 2 one step forgets the past

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from dgm_jax import divergence as divergences
 from dgm_jax import schedules
-from dgm_jax._checks import evaluate, floating, noise_for, one_time
+from dgm_jax._checks import agree, evaluate, floating, like, one_time
 from dgm_jax.types import Args, Array, Divergence, ScalarField, Schedule, VectorField
 
 __all__ = [
@@ -53,7 +53,7 @@ def explicit(score: VectorField, target: VectorField, t: Array, x: Array, args: 
         args: passed to both.
 
     Returns:
-        The loss ``[]``. Its mean over x ~ p is half the Fisher divergence.
+        The loss ``[]``. Its mean over x ~ p is the Fisher divergence.
 
     Raises:
         TypeError: ``x`` not of floats, or a score of another dtype than ``x``.
@@ -192,7 +192,7 @@ def denoising(
     Source: Vincent (2011), "A connection between score matching and denoising autoencoders", equation 9;
     Song et al. (2021), "Score-Based Generative Modeling through Stochastic Differential Equations", equation 7.
     """
-    x0, noise = noise_for(x0, noise)
+    x0, noise = agree("x0", x0, "noise", noise)
     t = one_time(t, x0.dtype)
     alpha, variance = schedules.alpha(schedule, t), schedule.variance(t)
     sigma = jnp.sqrt(variance)
@@ -284,24 +284,16 @@ def fisher_divergence(
             f"samples has shape {samples.shape}, expected [num, *event] with num at least 2: one sample has no "
             "standard error. For the loss at one point, call explicit."
         )
-    each = jax.vmap(lambda x: explicit(score_q, score_p, t, x, args))(samples)
+    t = one_time(t, samples.dtype)
+
+    def half_square(x: Array) -> Array:
+        difference = evaluate("score_p", score_p, t, x, args) - evaluate("score_q", score_q, t, x, args)
+        return 0.5 * jnp.sum(difference**2)
+
+    each = jax.vmap(half_square)(samples)
     return jnp.mean(each), jnp.std(each, ddof=1) / len(each) ** 0.5
 
 
 def _scalar(log_density: ScalarField) -> ScalarField:
     """log_density, held to a scalar of the dtype of x."""
-
-    def checked(t: Array, x: Array, args: Args) -> Array:
-        value = log_density(t, x, args)
-        if jnp.shape(value) != ():
-            raise ValueError(
-                f"log_density must return a scalar [], got shape {jnp.shape(value)} for x of shape {x.shape}: index a "
-                "network's single output, or use jax.vmap if x is a batch."
-            )
-        if value.dtype != x.dtype:
-            raise TypeError(
-                f"log_density returned dtype {value.dtype} for x of {x.dtype}: cast its parameters or its result."
-            )
-        return value
-
-    return checked
+    return lambda t, x, args: like("log_density", log_density(t, x, args), (), x.dtype)

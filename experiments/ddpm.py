@@ -123,9 +123,10 @@ def make_model(config: Config, key: Array, chain: Chain, event: tuple[int, ...],
     field = networks.conditional(net)
     values = to_floats(np.arange(levels), levels)
     shape = event if unet else (x.size,)
+    log_kept = jnp.cumsum(jnp.log1p(-chain.betas))  # log abar; 1 - abar of it keeps its digits where abar is near one
 
     def noise_model(n: Array, x: Array, args: Any) -> Array:
-        alpha, sigma = jnp.sqrt(chain.alpha_bars[n]), jnp.sqrt(1 - chain.alpha_bars[n])
+        alpha, sigma = jnp.exp(0.5 * log_kept[n]), jnp.sqrt(-jnp.expm1(log_kept[n]))
         m = (alpha * std) ** 2 + sigma**2
         f = field(jnp.log(sigma / alpha) / 4, (x / jnp.sqrt(m)).reshape(shape), args)
         if unet:
@@ -213,6 +214,9 @@ def judge(samples: Judged, train: Judged, test: Judged, seed: int) -> dict[str, 
 def main(config: Config) -> dict[str, Any]:
     """Trains, samples, measures, draws; returns what metrics.json holds."""
     began = time.perf_counter(), time.process_time()
+    for name, least in {"num_steps": 1, "samples_per_class": 1, "test_examples": 2, "num_draws": 2}.items():
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}.")
     mesh = training.mesh()
     keys = jax.random.split(jax.random.key(config.seed), 6)
     key_data, key_net, key_train, key_start, key_sample, key_bound = keys

@@ -117,9 +117,10 @@ def make_loss(score: VectorField, sigmas: Array, prepare: Callable[[Array, Array
     """The NCSN objective per dimension: every level alike, each example at one of them."""
 
     def loss(params: Any, key: Array, batch: Array) -> Array:
-        key_data, key_level, key_noise = jax.random.split(key, 3)
+        key_data, key_level, key_first, key_noise = jax.random.split(key, 4)
         x0 = prepare(key_data, batch)
-        level = jax.random.permutation(key_level, jnp.arange(len(x0)) % len(sigmas))  # as many of each as can be
+        first = jax.random.randint(key_first, (), 0, len(sigmas))  # as many of each as can be, one more of any
+        level = jax.random.permutation(key_level, (first + jnp.arange(len(x0))) % len(sigmas))
         noise = jax.random.normal(key_noise, x0.shape)
         each = jax.vmap(lambda level, x, e: ncsn.loss(score, sigmas, level, x, e, params))
         return jnp.mean(each(level, x0, noise)) / x0[0].size
@@ -322,6 +323,8 @@ def main(config: Config) -> dict[str, Any]:
     for name in ("mixture_num_steps", "num_steps", "mixture_samples", "num_samples", "steps_per_level"):
         if getattr(config, name) < 2:
             raise ValueError(f"{name} must be at least 2, got {getattr(config, name)}.")
+    if not 0 < config.mixture_step < 4:
+        raise ValueError(f"mixture_step must lie in (0, 4), beyond which Langevin diverges, got {config.mixture_step}.")
     began, spent = time.perf_counter(), time.process_time()
     key_mixture, key_digits = jax.random.split(jax.random.key(config.seed))
     results: dict[str, Any] = {}

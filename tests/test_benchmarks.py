@@ -75,6 +75,25 @@ def test_euler_maruyama(load, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_samplers(load, tmp_path):
+    """Every sampler's last digits stay finite, and the row of each has its steps: the last denoising is one of them."""
+    script = load("samplers")
+    tiny = {"networks": ("mlp",), "mlp_features": (8,), "batch": 3, "num_steps": 8, "evaluations": 2, "repeats": 2}
+    config = script.Config(out=str(tmp_path), **tiny)
+    functions, steps = script.case(config, "mlp")
+    assert steps == {"ancestral": 8, "annealed": 9, "classifier-free": 8, "classifier": 8}
+    for draw in functions.values():
+        assert draw().shape == (3, 64)
+        assert jnp.all(jnp.isfinite(draw()))
+    result = script.main(config)
+    left = record(tmp_path, "samplers")
+    assert [row["case"] for row in left["rows"]] == [f"mlp, {way}" for way in steps]
+    assert result["worst_ratio"] == max(row["ratio"] for row in left["rows"]) > 0
+    with pytest.raises(ValueError, match="networks holds 'cnn'"):
+        script.case(config, "cnn")
+
+
+@pytest.mark.slow
 def test_sampling(load, tmp_path):
     script = load("sampling")
     config = script.Config(

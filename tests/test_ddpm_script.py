@@ -70,6 +70,8 @@ def test_an_untrained_model_is_exact_for_pixels_of_any_level_alike():
 def test_numbers_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match="--chain linear needs more than 20 --chain-steps, got 20"):
         script.main(tiny(tmp_path, chain_steps=20))
+    with pytest.raises(ValueError, match="num_draws must be at least 2, got 1"):
+        script.main(tiny(tmp_path, num_draws=1))
     with pytest.raises(ValueError, match="--network mlp gives each pixel a logit for each level, too many with 256"):
         script.main(tiny(tmp_path, **mnist(tmp_path)))
     with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte"):

@@ -226,6 +226,9 @@ def test_float32_and_a_level_that_is_traced():
     np.testing.assert_allclose(value, 0.5 * (0.0**2 + 1.2**2), rtol=1e-6)
     assert np.isnan(at(4))
     assert np.isnan(at(-1))
+    rising = jax.jit(lambda sigmas: loss(sigmas=sigmas))
+    assert np.isnan(rising(SIGMAS[::-1]))
+    assert np.isfinite(rising(SIGMAS))
 
 
 def loss(**changes):
@@ -240,6 +243,8 @@ def loss(**changes):
         (lambda: ncsn.levels(1.0, 0.0, 4), ValueError, "levels need sigma_max > sigma_min > 0"),
         (lambda: ncsn.levels(float("inf"), 1.0, 4), ValueError, "both finite"),
         (lambda: ncsn.levels(2.0, 1.0, 1), ValueError, "num must be an integer of at least 2, got 1"),
+        (lambda: ncsn.levels(2.0, 1.0, 4, dtype=int), TypeError, "dtype must be of floats, got int"),
+        (lambda: ncsn.levels(1.0, 0.9999, 4, dtype=jnp.float16), ValueError, "sigmas must fall from the largest"),
         (lambda: loss(sigmas=SIGMAS[::-1]), ValueError, "sigmas must fall from the largest"),
         (lambda: loss(sigmas=jnp.zeros(1)), ValueError, "sigmas must be positive and finite"),
         (lambda: loss(level=4), ValueError, "level must be from 0 to 3, an index into the 4 levels, got 4"),

@@ -96,6 +96,8 @@ def test_the_whole_of_it_and_a_resumed_run(tmp_path):
 def test_bad_configurations_are_named(tmp_path):
     with pytest.raises(ValueError, match="num_samples must be at least 2, got 1"):
         script.main(tiny(tmp_path, num_samples=1))
+    with pytest.raises(ValueError, match=r"mixture_step must lie in \(0, 4\), .* got 4"):
+        script.main(tiny(tmp_path, mixture_step=4.0))
     with pytest.raises(ValueError, match="levels need sigma_max > sigma_min > 0"):
         script.main(tiny(tmp_path, data="digits", sigmas=(0.1, 0.2)))
     assert not (tmp_path / "run").exists()

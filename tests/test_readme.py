@@ -21,6 +21,7 @@ assert any(bool(jnp.any(g != 0)) for g in jax.tree.leaves(gradient))
 """
 
 
+@pytest.mark.slow
 def test_programs_run_as_they_stand():
     """The share of the mixture's first component: within 4 standard errors (false-alarm rate 6e-5) and 0.01."""
     subprocess.run([sys.executable, "-c", "\n".join([*PROGRAMS, CHECKS])], check=True, cwd=ROOT)
@@ -39,8 +40,8 @@ def rows():
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[1].replace("`", ""))
 def test_the_map_leads_somewhere(row):
-    """Every function of the map exists, every test file holds that test, every script is there."""
-    _, functions, tests, scripts = row
+    """Every function of the map exists, every test file holds that test, every script and picture is there."""
+    _, functions, tests, scripts, picture = row
     for name in re.findall(r"`([\w.]+)`", functions):
         module, attribute = name.rsplit(".", 1)
         assert hasattr(importlib.import_module(f"dgm_jax.{module}"), attribute), name
@@ -49,6 +50,7 @@ def test_the_map_leads_somewhere(row):
         assert not test or f"def {test}(" in source, f"{file}::{test}"
     for file in re.findall(r"`([\w/]+\.py)`", scripts):
         assert (ROOT / file).exists(), file
+    assert (ROOT / re.fullmatch(r"\[picture\]\((docs/images/\w+\.png)\)", picture).group(1)).exists(), picture
 
 
 def test_pictures_are_there():

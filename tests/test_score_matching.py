@@ -76,7 +76,7 @@ def test_explicit_is_zero_at_the_target_and_half_the_squared_distance_elsewhere(
     np.testing.assert_allclose(loss, 12.5, rtol=1e-14)
 
 
-def test_explicit_expectation_is_half_the_fisher_divergence_of_two_gaussians():
+def test_explicit_expectation_is_the_fisher_divergence_of_two_gaussians():
     """N(0, C) and N(mu, C): the scores differ by C^-1 mu everywhere. N(0, C) and N(0, D): tr((C^-1 - D^-1)^2 C)."""
     c, d, mu = COVARIANCES[0], COVARIANCES[1], np.array([0.3, -0.2])
     p, q = np.linalg.inv(c), np.linalg.inv(d)
@@ -206,7 +206,7 @@ def test_bad_arguments():
         sm.denoising(same, vp, t, x, x.astype(jnp.float32))
     with pytest.raises(TypeError, match="x0 must be an array of floats, got dtype int64"):
         sm.denoising(same, vp, t, x.astype(int), x)
-    with pytest.raises(ValueError, match=r"score returned shape \(3,\) for x of shape \(2, 3\).*jax\.vmap"):
+    with pytest.raises(ValueError, match=r"score returned shape \(3,\): .*one example, \(2, 3\).*jax\.vmap"):
         sm.denoising(lambda t, x, args: x[0], vp, t, x, x)
     with pytest.raises(ValueError, match=r"target returned shape \(\)"):
         sm.explicit(same, lambda t, x, args: jnp.sum(x), t, x)
@@ -564,7 +564,7 @@ def test_float32_stays_float32_and_is_close():
 def test_bad_arguments_of_the_tractable_losses():
     x, e = jnp.zeros(3), jnp.ones((2, 3))
     same, total = (lambda t, x, args: x), (lambda t, x, args: jnp.sum(x))
-    with pytest.raises(ValueError, match=r"score returned shape \(\) for x of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"score returned shape \(\): .*one example, \(3,\)"):
         sm.implicit(total, 0.0, x)
     with pytest.raises(TypeError, match="score returned dtype float32 for x of float64"):
         sm.sliced(lambda t, x, args: x.astype(jnp.float32), 0.0, x, e)
@@ -574,7 +574,7 @@ def test_bad_arguments_of_the_tractable_losses():
         sm.sliced(same, 0.0, x, e[0])
     with pytest.raises(ValueError, match="probes is None"):
         sm.implicit(same, 0.0, x, divergence=divergence.hutchinson)
-    with pytest.raises(ValueError, match=r"log_density must return a scalar \[\], got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"log_density returned shape \(3,\): it must return one number"):
         sm.implicit_log_density(same, 0.0, x)
     with pytest.raises(TypeError, match="log_density returned dtype float32 for x of float64"):
         sm.score_of(lambda t, x, args: jnp.sum(x).astype(jnp.float32))(0.0, x, None)
@@ -582,3 +582,6 @@ def test_bad_arguments_of_the_tractable_losses():
         sm.implicit_log_density(total, 0.0, jnp.zeros(3, int))
     with pytest.raises(ValueError, match=r"samples has shape \(1, 3\), expected \[num, \*event\] with num at least 2"):
         sm.fisher_divergence(same, same, 0.0, x[None])
+    for name, scores in (("score_p", (total, same)), ("score_q", (same, total))):
+        with pytest.raises(ValueError, match=rf"{name} returned shape \(\)"):
+            sm.fisher_divergence(*scores, 0.0, jnp.zeros((2, 3)))

@@ -179,7 +179,8 @@ def solve_ode(
 
     Raises:
         SolveError: if the solve failed, ``throw`` is set and the arguments are concrete.
-        ValueError: for a step that is not positive, or a field whose value does not match ``x0``.
+        ValueError: for a step that is not positive, a time that is not finite, or a field whose value does not match
+            ``x0``.
         TypeError: for a state that is not floats.
 
     Source: Chen et al. (2018), "Neural Ordinary Differential Equations", equation 3; Kidger (2021), "On Neural
@@ -683,11 +684,18 @@ def _diffeqsolve(
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}: the default for ODEs is 4096.")
     ts = None if ts is None else jnp.asarray(ts, t0.dtype)
+    times = {"t0": t0, "t1": t1} if ts is None else {"t0": t0, "t1": t1, "ts": ts}
+    for name, value in times.items():
+        if _checks.concrete(value) and not np.all(np.isfinite(value)):
+            raise ValueError(f"{name} must be finite, got {np.asarray(value).tolist()}.")
+    sound = _finite((x0, times))
     marks = ts
     if not isinstance(stepsize_controller, diffrax.ConstantStepSize | diffrax.StepTo):
         # A state that starts as NaN would shrink its step to NaN, and under vmap cost the batch its step limit.
-        t1 = jnp.where(_finite(x0), t1, t0)
-        marks = None if ts is None else jnp.where(_finite(x0), ts, t0)
+        t1 = jnp.where(sound, t1, t0)
+        marks = None if ts is None else jnp.where(sound, ts, t0)
+    if dt0 is not None and isinstance(stepsize_controller, diffrax.PIDController):
+        stepsize_controller, dt0 = _From.of(stepsize_controller, jnp.abs(dt0)), None
     saveat = diffrax.SaveAt(t1=True) if marks is None else diffrax.SaveAt(ts=jnp.append(marks, t1))
     with _explained_differentiation(), jax.default_matmul_precision("highest"):
         solution = diffrax.diffeqsolve(
@@ -710,12 +718,12 @@ def _diffeqsolve(
     latest = jnp.maximum(jnp.sum(reached) - 1, 0)
     # a solve that stopped before the first of ts saved nothing
     last = jax.tree.map(lambda saved, start: jnp.where(jnp.any(reached), saved[latest], start), solution.ys, x0)
-    status = _status(solution, x0, last)
+    status = _status(solution, sound, last)
     x = jax.tree.map(lambda saved: jnp.where(status == OK, saved[-1], jnp.nan), solution.ys)
     num_steps = jnp.asarray(solution.stats["num_steps"], jnp.int32)
     xs = None
     if ts is not None:
-        kept = reached[:-1] & _finite(x0)
+        kept = reached[:-1] & sound
         xs = jax.tree.map(
             lambda saved: jnp.where(jnp.reshape(kept, (-1,) + (1,) * (saved.ndim - 1)), saved[:-1], jnp.nan),
             solution.ys,
@@ -723,14 +731,45 @@ def _diffeqsolve(
     return Solution(x, status, t, last, _evaluations(solver, num_steps), num_steps, ts, xs)
 
 
-def _status(solution: diffrax.Solution, x0: Any, last: Any) -> Array:
-    """Diffrax's result and what it does not look at: whether the states are finite."""
+def _status(solution: diffrax.Solution, sound: Array, last: Any) -> Array:
+    """Diffrax's result and what it does not look at: whether what it began with, and what it came to, are finite."""
     results = diffrax.RESULTS
     status = jnp.full((), FAILED, jnp.int32)
     status = jnp.where(solution.result == results.dt_min_reached, STEP_UNDERFLOW, status)
     status = jnp.where(solution.result == results.max_steps_reached, MAX_STEPS, status)
     status = jnp.where(solution.result == results.successful, OK, status)
-    return jnp.where(_finite((x0, last)), status, NONFINITE)
+    return jnp.where(sound & _finite(last), status, NONFINITE)
+
+
+class _From(diffrax.AbstractAdaptiveStepSizeController):
+    """A controller that knows its first step.
+
+    Diffrax compares the sign of a dt0 that it is given with the direction of time, by a call back to the host, and JAX
+    keeps no program with such a call in its persistent compilation cache.
+    """
+
+    rtol: Any  # these three are the controller's, for an implicit solver that asks for them
+    atol: Any
+    norm: Any
+    controller: Any
+    first: Any
+
+    @classmethod
+    def of(cls, controller: Any, first: Any) -> "_From":
+        """``controller``, beginning with a step of size ``first``."""
+        return cls(controller.rtol, controller.atol, controller.norm, controller, first)
+
+    def wrap(self, direction: Any) -> "_From":
+        """The same for a time that always increases."""
+        return _From.of(self.controller.wrap(direction), self.first)
+
+    def init(self, terms: Any, t0: Any, t1: Any, y0: Any, dt0: Any, args: Any, func: Any, error_order: Any) -> Any:
+        """Begin with the step within."""
+        return self.controller.init(terms, t0, t1, y0, self.first, args, func, error_order)
+
+    def adapt_step_size(self, *args: Any, **options: Any) -> Any:
+        """Accept a step or not, and choose the next."""
+        return self.controller.adapt_step_size(*args, **options)
 
 
 def _finite(tree: Any) -> Array:

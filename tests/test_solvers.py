@@ -418,6 +418,21 @@ def test_uniformization_is_the_exponential_of_a_rate_matrix():
     assert np.all(np.isnan(broken))
 
 
+def test_a_time_that_is_not_finite_gives_no_number():
+    """Known at once, an error that names it; in a compiled batch NaN and a status, and nothing beside it suffers."""
+    solve = lambda t1, ts: solvers.solve_ode(lambda t, x, args: -x, jnp.ones(2), t0=0.0, t1=t1, ts=ts, throw=False)  # noqa: E731
+    with pytest.raises(ValueError, match=r"t1 must be finite, got nan"):
+        solve(jnp.nan, None)
+    with pytest.raises(ValueError, match=r"ts must be finite, got \[0.5, nan\]"):
+        solve(1.0, jnp.asarray([0.5, jnp.nan]))
+    t1, ts = jnp.asarray([1.0, jnp.nan, jnp.inf, 1.0]), jnp.asarray([[0.5], [0.5], [0.5], [jnp.nan]])
+    solution = jax.jit(jax.vmap(solve))(t1, ts)
+    np.testing.assert_array_equal(solution.status, [solvers.OK] + [solvers.NONFINITE] * 3)
+    np.testing.assert_allclose(solution.x[0], np.exp([-1.0, -1.0]), rtol=1e-4)
+    assert np.isnan(solution.x[1:]).all()
+    assert np.isnan(solution.xs[1:]).all()
+
+
 def test_a_start_that_is_nan_is_told_with_saved_times_too():
     """In a compiled batch: the element beside it is solved, x(t) = x0 exp(-t), and of itself nothing is left."""
     x0 = jnp.asarray([[1.0, 2.0], [jnp.nan, 1.0]])
@@ -425,6 +440,6 @@ def test_a_start_that_is_nan_is_told_with_saved_times_too():
     solve = lambda x: solvers.solve_ode(lambda t, x, args: -x, x, t0=0.0, t1=1.0, ts=ts, throw=False)  # noqa: E731
     solution = jax.jit(jax.vmap(solve))(x0)
     np.testing.assert_array_equal(solution.status, [solvers.OK, solvers.NONFINITE])
-    np.testing.assert_allclose(solution.xs[0], x0[0] * np.exp([[-0.5], [-0.8]]), rtol=1e-4)
+    np.testing.assert_allclose(solution.xs[0], x0[:1] * np.exp([[-0.5], [-0.8]]), rtol=1e-4)
     assert np.isnan(solution.xs[1]).all()
     assert np.isnan(solution.x[1]).all()

@@ -407,6 +407,9 @@ def euler_maruyama(
     return x1
 
 
+_MOST_JUMPS = 1e6  # in one step
+
+
 class _Uniformization(diffrax.AbstractAdaptiveSolver):
     """The exponential of a jump process's generator, held at the middle of the step: see ``uniformization``."""
 
@@ -461,8 +464,8 @@ class _Uniformization(diffrax.AbstractAdaptiveSolver):
         rate = jnp.maximum(self.rate(middle, args).astype(dtype) * (1 + 64 * info.eps), info.tiny**0.5)
         jumps = rate * terms.contr(t0, t1)
         most = 0.7 * -math.log(float(info.tiny))  # in one sum, whose first weight exp(-jumps) must be a number
-        finite = jnp.isfinite(jumps)
-        parts = jnp.where(finite, jnp.maximum(jnp.ceil(jumps / most), 1), 0)
+        within = jumps <= _MOST_JUMPS
+        parts = jnp.where(within, jnp.maximum(jnp.ceil(jumps / most), 1), 0)
         jumps = jumps / jnp.maximum(parts, 1)
         first = jnp.exp(-jumps)
 
@@ -485,7 +488,7 @@ class _Uniformization(diffrax.AbstractAdaptiveSolver):
             return n + 1, jax.tree.map(lambda m: m / total, mean)
 
         _, y = jax.lax.while_loop(lambda carry: carry[0] < parts, one_part, (jnp.zeros((), dtype), y))
-        return jax.tree.map(lambda v: jnp.where(finite, v, jnp.nan), y)
+        return jax.tree.map(lambda v: jnp.where(within, v, jnp.nan), y)
 
 
 def uniformization(rate: Callable[[Array, Args], Array], *, error_estimate: bool = True) -> diffrax.AbstractSolver:
@@ -496,7 +499,8 @@ def uniformization(rate: Callable[[Array, Args], Array], *, error_estimate: bool
     with A at the middle of the step. Where the entries of A beside the diagonal are not negative and its columns sum
     to zero, P is a matrix of probabilities and so is the sum, for every dt: no step is too long to be stable, nothing
     becomes negative, nothing is lost but by rounding. Order 2 in dt, and no error at all where A does not change.
-    A step costs about q + 8 sqrt(q) products with A.
+    A step costs about q + 8 sqrt(q) products with A. One of q above a million is refused with NaN, whereupon adaptive
+    steps take a shorter one: a rate without bound ends in a failed solve, not in one without end.
 
     Args:
         rate: a bound on the magnitude of A's diagonal, ``(t [], args) -> []``, per unit of time.

@@ -8,9 +8,9 @@ many evaluations. The same module then learns 1,500 of scikit-learn's digits (8 
 runs/ncsn/ pictures of both and metrics.json: every share with its standard error, what a classifier takes the digits
 for.
 Expected: the smaller mode's share, truly 0.2, is 0.506 +- 0.008 by plain and 0.193 +- 0.006 by annealed Langevin with
-the exact score, 0.483 +- 0.008 and 0.186 +- 0.006 with the learned one. Of the digits a classifier (95 per cent
-accurate) is 90 per cent sure for a share of 0.72 +- 0.03, of real test digits for 0.82 +- 0.02. 135 seconds on one
-CPU core.
+the exact score, 0.475 +- 0.008 and 0.194 +- 0.006 with the learned one. Of the digits a classifier (95 per cent
+accurate) is 90 per cent sure for a share of 0.73 +- 0.03, of real test digits for 0.82 +- 0.02. 130 seconds of
+processor time.
 
 --data mixture or --data digits does one of the two. A run that was stopped goes on with --resume.
 

@@ -78,7 +78,7 @@ def rhs_log(
 
     Raises:
         ValueError: when called, for a t that is not one time, or a value that does not fit x.
-        TypeError: when called, for an x that is not made of floats.
+        TypeError: when called, for an x that is not made of floats, or a value of another dtype.
 
     Source: Risken (1989), section 4.7; Lai et al. (2023), "FP-Diffusion: Improving Score-based Diffusion Models by
     Enforcing the Underlying Score Fokker-Planck Equation", section 3.
@@ -113,7 +113,7 @@ def rhs(
 
     Raises:
         ValueError: when called, for a t that is not one time, or a value that does not fit x.
-        TypeError: when called, for an x that is not made of floats.
+        TypeError: when called, for an x that is not made of floats, or a value of another dtype.
 
     Source: Risken (1989), section 4.7; Song et al. (2021), appendix D.1.
     """
@@ -146,7 +146,7 @@ def residual(
 
     Raises:
         ValueError: when called, for a t that is not one time, or a value that does not fit x.
-        TypeError: when called, for an x that is not made of floats.
+        TypeError: when called, for an x that is not made of floats, or a value of another dtype.
 
     Source: Lai et al. (2023), section 3.
     """
@@ -178,7 +178,7 @@ def score_residual(
 
     Raises:
         ValueError: when called, for a t that is not one time, or a value that does not fit x.
-        TypeError: when called, for an x that is not made of floats.
+        TypeError: when called, for an x that is not made of floats, or a value of another dtype.
 
     Source: Lai et al. (2023), section 3, the score Fokker-Planck equation.
     """
@@ -211,7 +211,7 @@ def continuity_residual(
 
     Raises:
         ValueError: when called, for a t that is not one time, or a value that does not fit x.
-        TypeError: when called, for an x that is not made of floats.
+        TypeError: when called, for an x that is not made of floats, or a value of another dtype.
 
     Source: Chen et al. (2018), "Neural Ordinary Differential Equations", theorem 1.
     """
@@ -219,7 +219,7 @@ def continuity_residual(
 
     def field(t: Array, x: Array, args: Args = None) -> Array:
         t, x = _at(t, x)
-        v, div = divergence(lambda y: velocity(t, y, args), x, None)
+        v, div = divergence(lambda y: _like("velocity", velocity(t, y, args), y), x, None)
         return _in_time(log_density, t, x, args) + div + jnp.sum(v * score(t, x, args))
 
     return field
@@ -280,7 +280,7 @@ def _scalar(name: str, value: Array, x: Array) -> Array:
             f"{name} must return a scalar [], got shape {jnp.shape(value)} for x of shape {x.shape}: "
             "it takes one example; use jax.vmap over a batch."
         )
-    return value
+    return _in_dtype(name, value, x)
 
 
 def _like(name: str, value: Array, x: Array) -> Array:
@@ -289,16 +289,26 @@ def _like(name: str, value: Array, x: Array) -> Array:
             f"{name} must return the shape of x, {x.shape}, got {jnp.shape(value)}: "
             "it takes one example; use jax.vmap over a batch."
         )
-    return value
+    return _in_dtype(name, value, x)
 
 
 def _coefficient(value: Array, x: Array) -> Array:
-    value = jnp.asarray(value, x.dtype)
+    value = _in_dtype("sde.diffusion", value, x)
     if value.shape not in ((), x.shape):
         raise ValueError(
             f"sde.diffusion must return a scalar or a diagonal of the shape of x, {x.shape}, got {value.shape}: "
             "full matrices are not supported here."
         )
+    return value
+
+
+def _in_dtype(name: str, value: Any, x: Array) -> Array:
+    """``value`` as an array in the dtype of x, which it must have already unless it is a number without a dtype."""
+    if isinstance(value, int | float) or getattr(value, "weak_type", False):
+        return jnp.asarray(value, x.dtype)
+    value = jnp.asarray(value)
+    if value.dtype != x.dtype:
+        raise TypeError(f"{name} returned dtype {value.dtype} for x of {x.dtype}: cast its parameters or its result.")
     return value
 
 
@@ -324,17 +334,20 @@ class Evolution(NamedTuple):
 
     Attributes:
         p: the density at t1 ``[*num]``: the mean over each cell, NaN where the solve failed.
-        status: of the solve, as in ``solvers.Solution`` ``[]``.
+        status: of the solve, as in ``solvers.Solution`` ``[]``; ``solvers.FAILED`` for more jumps than ``max_jumps``.
         t: the time reached ``[]``.
         num_steps: steps in time ``[]``.
         wall: the largest share of the mass that lay in the outermost cells, at t0, ``ts`` and t1 ``[]``. Where that is
             not small the walls, which let nothing pass, stand in the way: widen the grid.
         width: width of the narrowest structure of p on each axis in spacings, at t0, ``ts`` and t1 ``[d]``: below 1 the
-            grid is too coarse for the density.
+            grid is too coarse for the density. Of a Gaussian it is the standard deviation along that axis with the
+            other coordinates held, 1 / sqrt(precision_ii).
         peclet: |drift| times spacing over 1/2 g^2, means over p at t0, ``ts`` and t1, on each axis ``[d]``: the cell
-            Peclet number. Above 2 the grid is too coarse for the noise: it spreads p more than the noise does.
+            Peclet number z. The grid spreads p by z/2 coth(z/2) times as much as the noise: 1.08 at 1, 1.31 at 2, z/2
+            where z is large. Above 2 it is too coarse for the noise.
         ts: the times asked for ``[num_times]``, or ``None``.
         ps: the density at each of them ``[num_times, *num]``, or ``None``.
+        rate: the largest rate at which probability leaves a cell, just after ``t`` ``[]``.
     """
 
     p: Array
@@ -346,6 +359,7 @@ class Evolution(NamedTuple):
     peclet: Array
     ts: Array | None = None
     ps: Array | None = None
+    rate: Array | None = None
 
 
 def spacing(grid: Grid) -> tuple[float, ...]:
@@ -411,11 +425,16 @@ def mass(grid: Grid, p: Array) -> Array:
 def generator(sde: SDE, grid: Grid) -> VectorField:
     """The equation of Kolmogorov, Fokker and Planck on a grid: the rate of p in every cell.
 
-    dp_k/dt = sum_i (J_{k - 1/2, i} - J_{k + 1/2, i}) / h_i,    J = (D_k B(-z) p_k - D_{k+1} B(z) p_{k+1}) / h,
+    dp_k/dt = sum_i (J_{k - 1/2, i} - J_{k + 1/2, i}) / h_i,
+    J_{k + 1/2} = (D_k B(-f h / D_k) p_k - D_{k+1} B(f h / D_{k+1}) p_{k+1}) / h,
 
-    at each face, with D = g^2 / 2, z = f h / D there and B(z) = z / (exp(z) - 1); J = 0 at the walls. It is the flux
-    J = f p - d(D p)/dx of second order in h that is exact where J, f and D do not change within a spacing: upwind where
-    the drift wins, central where the noise does. Where f = D d log p/dx, p_{k+1} / p_k = exp(z) is at rest to rounding.
+    with f at the face, D = g^2 / 2 at the centres and B(z) = z / (exp(z) - 1); J = 0 at the walls. It is the flux
+    J = f p - d(D p)/dx to second order in h, upwind where the drift wins and central where the noise does. Where D is
+    the same everywhere it is Scharfetter and Gummel's, which is exact if J and f do not change within a spacing, and
+    leaves p_{k+1} / p_k = exp(f h / D) at rest to rounding.
+
+    However fast D changes, what leaves a cell moves on average at a velocity between those of f at its two faces, and
+    leaves at a rate of at most sum_i (g_i^2 / h_i^2 + (|f_{k - 1/2, i}| + |f_{k + 1/2, i}|) / h_i).
 
     Args:
         sde: drift f and diffusion g, a scalar or a diagonal, which may depend on x.
@@ -427,6 +446,7 @@ def generator(sde: SDE, grid: Grid) -> VectorField:
 
     Raises:
         ValueError: for a grid that is none; when called, for values that do not fit.
+        TypeError: when called, for a p that is not floats, or a drift or diffusion of another dtype.
 
     Source: Scharfetter & Gummel (1969), "Large-signal analysis of a silicon Read diode oscillator"; Chang & Cooper
     (1970), "A practical difference scheme for Fokker-Planck equations".
@@ -462,6 +482,7 @@ def evolve(
     dt0: float | Array | None = None,
     adjoint: Any = None,
     max_steps: int = 4096,
+    max_jumps: float | Array = 1e7,
     throw: bool = True,
 ) -> Evolution:
     """Solve the equation of Kolmogorov, Fokker and Planck on a grid, from p at t0 to p at t1.
@@ -471,6 +492,7 @@ def evolve(
     Second order in the spacing (``generator``) and, by ``solvers.uniformization``, in time. Whatever the steps, mass is
     kept to rounding and p stays at least 0. The work is about twice the number of jumps between cells, the integral of
     g^2 sum_i 1 / h_i^2 over time, in products with a sparse matrix: a grid twice as fine costs four times as many.
+    Inside a transformation nothing can be raised: pass ``throw=False``, and what comes out to ``raise_if_too_coarse``.
 
     Args:
         sde: drift and diffusion, a scalar or a diagonal; ``t1 < t0`` solves towards smaller t, as for
@@ -490,6 +512,8 @@ def evolve(
         dt0: size of the first step, positive; ``None`` is a tenth of the way to the next time asked for.
         adjoint: how gradients are taken; the default solver allows ``diffrax.ForwardMode()`` alone.
         max_steps: the most steps between two times asked for.
+        max_jumps: the most jumps out of a cell from t0 to t1, were the rate always as large as it is at its largest.
+            The default solver stops where there would be more, rather than take hours: a product for each of them.
         throw: raise when the solve fails or the grid is too coarse, if that can be known now.
 
     Returns:
@@ -497,28 +521,39 @@ def evolve(
 
     Raises:
         ValueError: if the grid is too coarse, for the density or for the noise: the message says which spacing is
-            needed; for a density that does not fit the grid, is negative, not finite or empty; for ts out of order.
+            needed; for a density that does not fit the grid, is negative, not finite or empty; for a time that is not
+            finite, ts out of order, or a ``max_jumps`` that is not positive.
         solvers.SolveError: if the solve failed.
-        TypeError: for a density that is not floats.
+        TypeError: for a density that is not floats, or a drift or diffusion of another dtype.
 
     Source: Chang & Cooper (1970); Jensen (1953) for the solution in time.
     """
     _check_grid(grid)
     p0 = floating("density", density)
-    t0, t1 = one_time(t0, p0.dtype), one_time(t1, p0.dtype)
+    t0, t1 = _end("t0", t0, p0.dtype), _end("t1", t1, p0.dtype)
     ends = _ends(t0, t1, ts)
+    if concrete(max_jumps) and not float(max_jumps) > 0:
+        raise ValueError(f"max_jumps must be positive, got {max_jumps}: the default is 1e7.")
     _check_density(grid, p0)
     if throw and concrete((p0, t0)):
         _raise_if_unresolved(grid, np.asarray(_widths(grid, p0)), t0)
-    direction = jnp.sign(t1 - t0)
+    direction = _direction(t0, t1)
     # the jump process is run in elapsed time, so that it is one in both directions
     moving = SDE(
-        lambda t, x, args: direction * sde.drift(t0 + direction * t, x, args),
+        lambda t, x, args: direction * _like("sde.drift", sde.drift(t0 + direction * t, x, args), x),
         lambda t, x, args: sde.diffusion(t0 + direction * t, x, args),
     )
     field = generator(moving, grid)
+    # the magnitude at which jumps become too many
+    limit = jnp.asarray(max_jumps, p0.dtype) / jnp.maximum(jnp.abs(t1 - t0), jnp.finfo(p0.dtype).tiny)
+
+    def exit_rate(t: Array, args: Args) -> Array:
+        rate = _exit_rate(moving, grid, t, p0.dtype, args)
+        return jnp.where(rate > limit, jnp.inf, rate)  # which fails any step, at once
+
+    given = solver is not None
     if solver is None:
-        solver = solvers.uniformization(lambda t, args: _exit_rate(moving, grid, t, p0.dtype, args))
+        solver = solvers.uniformization(exit_rate)
     volume = math.prod(spacing(grid)) * math.prod(grid.num)
 
     def to_next(carry: tuple[Any, ...], times: tuple[Array, Array]) -> tuple[tuple[Any, ...], Array]:
@@ -549,10 +584,15 @@ def evolve(
         )
         return carry, found.x
 
-    elapsed = jnp.abs(ends - t0)
-    start = (p0 * volume, jnp.int32(solvers.OK), jnp.zeros_like(t0), p0 * volume, jnp.int32(0))
+    elapsed = direction * (ends - t0)
+    in_order = jnp.all(jnp.diff(elapsed, prepend=0) >= 0) & jnp.all(jnp.isfinite(elapsed))
+    elapsed, u0 = jnp.where(in_order, elapsed, 0), jnp.where(in_order, p0 * volume, jnp.nan)
+    start = (u0, jnp.int32(solvers.OK), jnp.zeros_like(t0), u0, jnp.int32(0))
     times = (jnp.concatenate([jnp.zeros_like(elapsed[:1]), elapsed[:-1]]), elapsed)
     (u, status, reached, last, num_steps), us = jax.lax.scan(to_next, start, times)
+    rate = _exit_rate(moving, grid, reached + 1e-4 * (elapsed[-1] - reached), p0.dtype, args)
+    if not given:
+        status = jnp.where((status != solvers.OK) & (rate > limit), solvers.FAILED, status)
 
     states = jnp.concatenate([p0[None], us / volume])
     seen = jax.lax.map(lambda row: _look(sde, grid, row[0], row[1], args), (jnp.append(t0, ends), states))
@@ -566,8 +606,10 @@ def evolve(
         _ratio(jnp.sum(seen["drifted"], axis=0), jnp.sum(seen["spread"], axis=0)),
         None if ts is None else ends[:-1],
         None if ts is None else states[1:-1],
+        rate,
     )
     if throw:
+        _raise_if_too_many_jumps(found)
         solution = solvers.Solution(u, status, found.t, last, jnp.full_like(num_steps, -1), num_steps)
         solvers.raise_if_failed(solution, lambda t, p, args: field(jnp.abs(t - t0), p, args), args, t0=t0)
         raise_if_too_coarse(found, grid)
@@ -575,18 +617,26 @@ def evolve(
 
 
 def raise_if_too_coarse(found: Evolution, grid: Grid) -> None:
-    """Raise if the grid was too coarse for what it held, on the host; do nothing inside a transformation.
+    """Raise if the solve failed or the grid was too coarse, on the host; do nothing inside a transformation.
 
     Args:
-        found: of one ``evolve``, such as one that was jitted.
+        found: of one ``evolve``, such as one that was jitted, or of a batch of them by ``vmap``.
         grid: its grid.
 
     Raises:
+        solvers.SolveError: for a ``status`` that is not ``solvers.OK``, naming cause and time.
         ValueError: for a ``width`` below 1 or a ``peclet`` above 2: the message says which spacing is needed.
     """
-    if concrete((found.width, found.peclet)):
-        _raise_if_unresolved(grid, np.asarray(found.width), None)
-        _raise_if_too_little_noise(grid, np.asarray(found.peclet))
+    if not concrete(found):
+        return
+    _raise_if_too_many_jumps(found)
+    # of the state that it stopped at no more is known than whether it was finite
+    last = jnp.where(jnp.asarray(found.status) == solvers.NONFINITE, jnp.nan, jnp.zeros_like(found.t))
+    unknown = jnp.full_like(found.num_steps, -1)
+    solvers.raise_if_failed(solvers.Solution(found.p, found.status, found.t, last, unknown, found.num_steps))
+    width, peclet = (np.asarray(one).reshape(-1, len(grid.num)) for one in (found.width, found.peclet))
+    _raise_if_unresolved(grid, np.min(width, axis=0), None)
+    _raise_if_too_little_noise(grid, np.max(peclet, axis=0))
 
 
 def _points(grid: Grid, face_axis: int | None, dtype: Any) -> Array:
@@ -617,12 +667,11 @@ def _jump_rates(sde: SDE, grid: Grid, t: Array, dtype: Any, args: Args) -> list[
     _, at_cells = _drift_and_noise(sde, t, _points(grid, None, dtype), args)
     rates = []
     for axis, h in enumerate(spacing(grid)):
-        f, noise = (part[..., axis] for part in _drift_and_noise(sde, t, _points(grid, axis, dtype), args))
-        scale = jnp.where(noise > 0, noise, 1)
-        below, above = (
-            jnp.where(noise > 0, part(at_cells[..., axis], axis) / scale, 1) for part in (_without_last, _without_first)
-        )
-        rates.append((below * _bernoulli(-h * f, noise) / h**2, above * _bernoulli(h * f, noise) / h**2))
+        f, _ = _drift_and_noise(sde, t, _points(grid, axis, dtype), args)
+        # each jump has the noise of the cell that it leaves: a noise of the face would need a ratio, which has no bound
+        v, noise = h * f[..., axis], at_cells[..., axis]
+        up, down = _bernoulli(-v, _without_last(noise, axis)), _bernoulli(v, _without_first(noise, axis))
+        rates.append((up / h**2, down / h**2))
     return rates
 
 
@@ -674,9 +723,10 @@ def _look(sde: SDE, grid: Grid, t: Array, p: Array, args: Args) -> dict[str, Arr
 
 
 def _widths(grid: Grid, p: Array) -> Array:
-    """The width of p on each axis ``[d]`` in spacings: of a Gaussian, the standard deviation along that axis.
+    """The width of p on each axis ``[d]`` in spacings: of a Gaussian, the standard deviation with the rest held.
 
-    E|p''| / p is 4 phi(1) / width^2 for a Gaussian, phi the standard normal density: narrow parts of p count most.
+    E|p''| / p along axis i is 4 phi(1) / width^2 for a Gaussian of width 1 / sqrt(precision_ii), phi the standard
+    normal density: narrow parts of p count most.
     """
     bend = jnp.stack([jnp.sum(jnp.abs(jnp.diff(p, n=2, axis=axis))) for axis in range(p.ndim)]) / jnp.sum(p)
     return jnp.sqrt(_ratio(jnp.full_like(bend, 4 * math.exp(-0.5) / math.sqrt(2 * math.pi)), bend))
@@ -685,6 +735,21 @@ def _widths(grid: Grid, p: Array) -> Array:
 def _ratio(top: Array, bottom: Array) -> Array:
     """top / bottom, where 0 / 0 is 0."""
     return jnp.where(bottom > 0, top / jnp.where(bottom > 0, bottom, 1), jnp.where(top > 0, jnp.inf, 0))
+
+
+def _raise_if_too_many_jumps(found: Evolution) -> None:
+    if not concrete(found) or found.rate is None:
+        return
+    failed = np.argwhere(np.asarray(found.status) == solvers.FAILED)
+    if len(failed) > 0:
+        one = jax.tree.map(lambda leaf: leaf[tuple(failed[0])], (found.t, found.num_steps, found.rate))
+        where = f" of element {', '.join(map(str, failed[0]))}" if failed.size else ""
+        raise solvers.SolveError(
+            f"The solve{where} stopped at t = {float(one[0]):.6g} after {int(one[1])} steps: the solver gave up. "
+            f"Probability leaves a cell at a rate of up to {float(one[2]):.3g} there, g^2 / h^2 and |f| / h added up "
+            "over the axes, and the default solver makes no more than max_jumps jumps from t0 to t1. Look for a drift "
+            "or a diffusion that is too large at a cell, use fewer cells, or raise max_jumps."
+        )
 
 
 def _raise_if_unresolved(grid: Grid, width: np.ndarray, t: Array | None) -> None:
@@ -714,6 +779,21 @@ def _remedy(grid: Grid, axis: int, needed: float) -> str:
     return f"Use a spacing of at most {needed:.3g} there: {num} cells or more."
 
 
+def _end(name: str, t: float | Array, dtype: Any) -> Array:
+    """One time, finite as far as that can be known now."""
+    t = jnp.asarray(t)
+    if t.shape != ():
+        raise ValueError(f"{name} must be one time of shape (), got shape {t.shape}: use jax.vmap over times.")
+    if concrete(t) and not np.isfinite(t):
+        raise ValueError(f"{name} must be finite, got {float(t)}.")
+    return t.astype(dtype)
+
+
+def _direction(t0: Array, t1: Array) -> Array:
+    """-1 for a solve towards smaller t; no way at all counts as forwards."""
+    return jnp.where(t1 < t0, -jnp.ones_like(t0), jnp.ones_like(t0))
+
+
 def _ends(t0: Array, t1: Array, ts: Array | None) -> Array:
     """The times at which to stop, t1 the last."""
     if ts is None:
@@ -721,10 +801,12 @@ def _ends(t0: Array, t1: Array, ts: Array | None) -> Array:
     ts = floating("ts", ts).astype(t0.dtype)
     if ts.ndim != 1:
         raise ValueError(f"ts must be a list of times [num_times], got shape {ts.shape}.")
+    if concrete(ts) and not np.all(np.isfinite(ts)):
+        raise ValueError(f"ts must be finite, got {np.asarray(ts)}.")
     ends = jnp.append(ts, t1)
     if concrete((ends, t0)):
-        steps = np.diff(np.append(np.asarray(t0), np.asarray(ends))) * np.sign(float(t1) - float(t0))
-        if np.any(steps < 0):
+        steps = np.diff(np.append(np.asarray(t0), np.asarray(ends))) * float(_direction(t0, t1))
+        if not np.all(steps >= 0):
             raise ValueError(f"ts must go from t0 = {float(t0)} to t1 = {float(t1)} in order, got {np.asarray(ts)}.")
     return ends
 

@@ -224,14 +224,28 @@ def test_cost_and_derivative_of_a_residual():
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(mean), slopes, rtol=1e-7)
 
 
-def test_single_precision_in_single_precision_out():
-    density = mixture(2, jnp.float32)
-    sde, log_p = sdes.diffusion_process(VP), densities.log_density(density, VP)
-    score, velocity = densities.score(density, VP), densities.velocity(density, VP)
-    t, x = jnp.asarray(0.5), points(2, dtype=jnp.float32)[0]
-    fields = [fp.rhs(sde, log_p), fp.residual(sde, log_p), fp.score_residual(sde, score)]
-    fields.append(fp.continuity_residual(velocity, log_p))
-    assert {jax.eval_shape(field, t, x, None).dtype for field in fields} == {jnp.dtype(jnp.float32)}
+@pytest.mark.parametrize("of_the_score", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_single_precision_in_single_precision_out(of_the_score):
+    """Values too: within 1e-4 of those in double precision, of the largest on the points."""
+
+    @partial(jax.jit, static_argnums=0)
+    def values(dtype, t, xs):
+        density = mixture(2, dtype)
+        sde, log_p = sdes.diffusion_process(VP), densities.log_density(density, VP)
+        score, velocity = densities.score(density, VP), densities.velocity(density, VP)
+        wrong_p = lambda t, x, args: log_p(t, x, args) + jnp.sum(x**3)  # noqa: E731
+        wrong_s = lambda t, x, args: score(t, x, args) + x**2  # noqa: E731
+        fields = [fp.rhs(sde, log_p), fp.residual(sde, wrong_p), fp.continuity_residual(velocity, wrong_p)]
+        fields = [fp.score_residual(sde, wrong_s)] if of_the_score else fields
+        return jax.vmap(lambda x: [field(t, x) for field in fields])(xs)
+
+    single = values(jnp.float32, jnp.asarray(0.5), points(2).astype(jnp.float32))
+    double = values(jnp.float64, jnp.asarray(0.5), points(2))
+    for one, other in zip(single, double, strict=True):
+        assert one.dtype == jnp.float32
+        assert other.dtype == jnp.float64
+        assert np.max(np.abs(other)) > 0.01
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.max(np.abs(other)))
 
 
 # --------------------------------------------------------------------------------------------------- on a grid
@@ -287,6 +301,62 @@ def test_generator_is_that_of_a_jump_process():
     assert np.max(np.abs(jax.jit(fp.generator(OU, LINE))(t, rest, BEFORE))) < 1e-12
 
 
+UNEVEN = [  # noises that change much within a cell, or vanish in one or at one of its faces
+    lambda x: x - 0.05,
+    lambda x: x - 0.01,
+    lambda x: x - 0.001,
+    lambda x: 0.5 * x,
+    lambda x: jnp.sqrt(jnp.maximum(x, 0)),
+    lambda x: 10 * jnp.sqrt(jnp.maximum(x, 0)),
+    lambda x: jnp.where(x > 0.03, 3.0, 0.0),
+    lambda x: jnp.where(x > 0.0, 3.0, 0.1),
+    lambda x: jnp.ones_like(x),
+]
+
+
+def test_mean_and_spread_of_the_jumps_where_the_noise_changes_within_a_cell():
+    """dE[x]/dt is the mean of f for every p within the walls: to rounding for a constant f, and between f's values at
+    a cell's faces for another. The variance grows by g^2 at least, less the h^2 / 2 of a drift that draws together, and
+    by h |f| more at most, which bounds the rates.
+    """
+    grid, cell = fp.Grid((-1.0,), (1.0,), (20,)), 0.1
+    x, inner = np.asarray(fp.cells(grid))[:, 0], slice(1, -1)
+
+    @jax.jit
+    @partial(jax.vmap, in_axes=(0, None, None))
+    @partial(jax.vmap, in_axes=(None, 0, None))
+    def matrices(slope, index, basis):
+        sde = SDE(lambda t, x, args: 1 - slope * x, lambda t, x, args: jnp.stack([g(x) for g in UNEVEN])[index])
+        return jax.vmap(lambda p: fp.generator(sde, grid)(T, p))(basis)
+
+    slopes = jnp.asarray([0.0, 2.0])
+    for slope, found in zip(slopes.tolist(), matrices(slopes, jnp.arange(len(UNEVEN)), jnp.eye(20)), strict=True):
+        above, below = 1 - slope * (x + cell / 2), 1 - slope * (x - cell / 2)
+        for noise, rates in zip(UNEVEN, np.asarray(found), strict=True):  # rates[from, to]
+            mean = rates @ x
+            assert np.all(mean[inner] > (np.minimum(above, below) - 1e-11)[inner])
+            assert np.all(mean[inner] < (np.maximum(above, below) + 1e-11)[inner])
+            spread, g2 = np.sum(rates * (x - x[:, None]) ** 2, axis=1), np.asarray(noise(jnp.asarray(x))) ** 2
+            assert np.all(spread[inner] > (g2 + cell * (above - below) / 2 - 1e-11)[inner])
+            assert np.all(spread < g2 + cell * np.maximum(np.abs(above), np.abs(below)) + 1e-11)
+        if slope == 0:  # of the last noise, which is 1 everywhere: the spread that Evolution.peclet tells
+            z = cell / 0.5
+            np.testing.assert_allclose(spread[inner], z / 2 / np.tanh(z / 2), rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_evolution_where_the_noise_vanishes_at_a_face():
+    """dx = (1/2 - x) dt + x/2 dw, whose mean is known: a drift that is multiplied by nothing, in a solve that ends."""
+    grid = fp.Grid((-0.3,), (2.7,), (30,))
+    x = fp.cells(grid)[:, 0]
+    sde = SDE(lambda t, x, args: 0.5 - x, lambda t, x, args: 0.5 * x)
+    found = evolve(sde, grid, normal(x, 1.2, 0.04), None)
+    for t, p in ((0.25, found.ps[0]), (1.0, found.p)):
+        mean = float(jnp.sum(x * p) / jnp.sum(p))
+        np.testing.assert_allclose(mean, 0.5 + 0.7 * np.exp(-t), atol=2e-3)
+    assert int(found.num_steps) < 50
+
+
 @pytest.mark.slow
 def test_generator_is_the_right_side_to_second_order():
     """Against ``rhs`` at the centres, drift and diagonal noise depending on x."""
@@ -321,6 +391,25 @@ def test_evolution_keeps_mass_and_sign_or_fails_aloud():
     assert np.all(np.isfinite(broken.ps[0]))
     assert np.all(np.isnan(broken.p))
     np.testing.assert_allclose(broken.t, 0.5, atol=1e-3)
+    with pytest.raises(solvers.SolveError, match=r"stopped at t = 0\.\d* after \d+ steps: the step shrank"):
+        fp.raise_if_too_coarse(broken, LINE)
+
+    # more jumps than there is time for: at once, with the rate, g^2 / h^2
+    endless = evolve(OU, LINE, ou_density(x, 0.0), BEFORE.at[2].set(1e9))
+    assert int(endless.status) == solvers.FAILED
+    assert np.all(np.isnan(endless.p))
+    assert int(endless.num_steps) < 200
+    with pytest.raises(solvers.SolveError, match=r"t = 0 after .* at a rate of up to 1e\+20 there.* raise max_jumps"):
+        fp.raise_if_too_coarse(endless, LINE)
+
+    # times that are no way at all, and times that are none
+    still = evolve(OU, LINE, ou_density(x, 0.0), BEFORE, (0.5, 0.5, 0.5))
+    np.testing.assert_allclose(still.p, ou_density(x, 0.0), rtol=1e-14)
+    for times in ((0.0, 0.9, 0.5), (0.5, 0.9, 0.5), (0.0, 0.5, np.nan), (np.nan, 0.5, 1.0)):
+        wrong = evolve(OU, LINE, ou_density(x, 0.0), BEFORE, times)
+        assert np.all(np.isnan(wrong.p))
+        with pytest.raises(solvers.SolveError, match="state is not finite"):
+            fp.raise_if_too_coarse(wrong, LINE)
 
 
 @pytest.mark.slow
@@ -481,6 +570,18 @@ def test_grid_paths_flow_and_closed_form_agree_in_the_plane():
 
 
 @pytest.mark.slow
+def test_width_of_a_correlated_gaussian_is_that_with_the_rest_held():
+    """1 / sqrt(precision_ii), here half of the marginal deviations; no time passes."""
+    precision = jnp.asarray([[4.0, 3.0], [3.0, 3.0]])
+    grid = fp.Grid((-7.0, -7.0), (7.0, 7.0), (140, 112))
+    p = everywhere(lambda x: jnp.exp(-0.5 * x @ precision @ x), fp.cells(grid))
+    found = evolve(SDE(lambda t, x, args: -x, lambda t, x, args: 1.0), grid, p, None, (0.5, 0.5, 0.5))
+    width = np.asarray(found.width) * fp.spacing(grid)
+    np.testing.assert_allclose(width, np.diagonal(precision) ** -0.5, rtol=0.01)
+    assert np.all(width < 0.55 * np.diagonal(np.linalg.inv(precision)) ** 0.5)
+
+
+@pytest.mark.slow
 def test_walls_that_stand_in_the_way_are_seen():
     narrow = fp.Grid((-2.0,), (0.2,), (22,))  # the mean goes from -1 to -0.05
     p0 = ou_density(fp.cells(narrow)[:, 0], 0.0)
@@ -530,9 +631,19 @@ def attempt_now(density=None, **options):
 
 def told(width, peclet):
     """What is raised for a record with these numbers."""
-    nothing = jnp.zeros(())
+    nothing, ok = jnp.zeros(()), jnp.int32(solvers.OK)
     numbers = jnp.asarray([width]), jnp.asarray([peclet])
-    fp.raise_if_too_coarse(fp.Evolution(nothing, nothing, nothing, nothing, nothing, *numbers), LINE)
+    fp.raise_if_too_coarse(fp.Evolution(nothing, ok, nothing, ok, nothing, *numbers), LINE)
+
+
+def failed(*statuses):
+    """What is raised for a batch of records with these statuses."""
+    status, zeros, ones = jnp.asarray(statuses, jnp.int32), jnp.zeros(len(statuses)), jnp.ones((len(statuses), 1))
+    where = jnp.where(status == solvers.OK, 1.0, 0.25)
+    record = fp.Evolution(
+        zeros, status, where, jnp.full_like(status, 7), zeros, 3 * ones, ones, None, None, 5e3 + zeros
+    )
+    fp.raise_if_too_coarse(record, LINE)
 
 
 NARROW = normal(fp.cells(LINE)[:, 0], 0.05, 0.001)
@@ -544,6 +655,29 @@ def constant(t, x, args):
 
 T, X = jnp.asarray(0.5), jnp.zeros(2)
 MATRIX = SDE(constant, lambda t, x, args: jnp.eye(2))
+SINGLE, ONES = X.astype(jnp.float32), jnp.ones(80, jnp.float32)
+
+
+def wide(t, x, args):
+    return jnp.zeros(x.shape, jnp.float64)
+
+
+WIDE_DRIFT, WIDE_NOISE = SDE(wide, lambda t, x, args: 1.0), SDE(constant, lambda t, x, args: jnp.float64(1.0))
+
+
+def test_numbers_without_a_dtype_take_that_of_x():
+    """A diffusion may be a Python number, whole or not; in single precision as well."""
+    for dtype in (jnp.float32, jnp.float64):
+        x = jnp.asarray([0.3, -0.8], dtype)
+        kinds = (2, 2.0, np.float64(2.0), jnp.asarray(2.0), jnp.asarray(2.0, dtype), jnp.full(2, 2.0, dtype))
+        fields = [fp.rhs_log(SDE(constant, lambda t, x, args, g=g: g), quadratic) for g in kinds]
+        values = jax.jit(lambda x, fields=fields: [field(T, x) for field in fields])(x)
+        assert {value.dtype for value in values} == {jnp.dtype(dtype)}
+        np.testing.assert_allclose(values, 2 * (-2 + 0.73), rtol=1e-6)  # 1/2 g^2 (lap log p + |s|^2)
+
+
+def quadratic(t, x, args):
+    return -0.5 * jnp.sum(x**2)
 
 
 @pytest.mark.parametrize(
@@ -580,7 +714,43 @@ MATRIX = SDE(constant, lambda t, x, args: jnp.eye(2))
         (lambda: attempt_now(ts=jnp.asarray([0.5, 0.2])), ValueError, "ts must go from t0 = 0.0 to t1 = 1.0 in order"),
         (lambda: attempt_now(ts=jnp.asarray([0.5, 1.2])), ValueError, "in order"),
         (lambda: attempt_now(ts=jnp.asarray(0.5)), ValueError, "ts must be a list of times"),
-        (lambda: attempt_now(t1=jnp.ones(2)), ValueError, "must be one time"),
+        (lambda: attempt_now(t1=jnp.ones(2)), ValueError, "t1 must be one time"),
+        (
+            lambda: attempt_now(t0=0.5, t1=0.5, ts=jnp.asarray([0.9])),
+            ValueError,
+            "ts must go from t0 = 0.5 to t1 = 0.5",
+        ),
+        (lambda: attempt_now(t0=1.0, t1=0.0, ts=jnp.asarray([0.2, 0.5])), ValueError, "in order"),
+        (lambda: attempt_now(ts=jnp.asarray([0.2, jnp.nan])), ValueError, r"ts must be finite, got \[0.2 nan\]"),
+        (lambda: attempt_now(t0=jnp.nan), ValueError, "t0 must be finite, got nan"),
+        (lambda: attempt_now(t1=jnp.inf), ValueError, "t1 must be finite, got inf"),
+        (lambda: attempt_now(max_jumps=0), ValueError, "max_jumps must be positive, got 0"),
+        (
+            lambda: failed(solvers.OK, solvers.MAX_STEPS),
+            solvers.SolveError,
+            r"of element 1 stopped at t = 0\.25 after 7",
+        ),
+        (
+            lambda: failed(solvers.OK, solvers.FAILED),
+            solvers.SolveError,
+            r"of element 1 stopped.* rate of up to 5e\+03",
+        ),
+        (lambda: failed(solvers.NONFINITE), solvers.SolveError, r"element 0 .* the state is not finite"),
+        (
+            lambda: fp.generator(WIDE_DRIFT, LINE)(T, ONES),
+            TypeError,
+            "sde.drift returned dtype float64 for x of float32",
+        ),
+        (lambda: fp.generator(WIDE_NOISE, LINE)(T, ONES), TypeError, "sde.diffusion returned dtype float64"),
+        (lambda: fp.evolve(WIDE_DRIFT, ONES, LINE, t0=0.0, t1=1.0), TypeError, "sde.drift returned dtype float64"),
+        (lambda: fp.rhs_log(WIDE_NOISE, lambda t, x, a: jnp.sum(x))(T, SINGLE), TypeError, "sde.diffusion returned"),
+        (lambda: fp.rhs_log(OU, lambda t, x, a: jnp.float64(0))(T, SINGLE), TypeError, "log_density returned dtype"),
+        (lambda: fp.score_residual(WIDE_NOISE, wide)(T, SINGLE), TypeError, "score returned dtype float64"),
+        (
+            lambda: fp.continuity_residual(wide, lambda t, x, a: jnp.sum(x))(T, SINGLE),
+            TypeError,
+            "velocity returned dtype float64",
+        ),
     ],
 )
 def test_bad_input(call, error, message):

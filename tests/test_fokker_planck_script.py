@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from dgm_jax import densities, fokker_planck
+from dgm_jax import densities, fokker_planck, solvers
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "fokker_planck.py"
 spec = importlib.util.spec_from_file_location("fokker_planck_script", SCRIPT)
@@ -65,6 +65,14 @@ def test_four_ways_agree(tmp_path):
     for picture in ("paths.png", "plane.png"):
         assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "run" / "paths.gif").read_bytes().startswith(b"GIF89a")
+
+
+@pytest.mark.slow
+def test_a_grid_solution_that_fails_ends_the_run():
+    """A tolerance below rounding: no number is compared with NaN, the error has the time and the cause."""
+    config = script.Config(**{**TINY, "rtol": 1e-30})
+    with pytest.raises(solvers.SolveError, match=r"stopped at t = .* the step shrank"):
+        script.follow(config, 1, np.linspace(0.0, 0.3, 5))
 
 
 @pytest.mark.parametrize(

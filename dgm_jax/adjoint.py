@@ -13,7 +13,8 @@ of steps.
 
 That last economy has a price. A field that contracts forwards expands backwards, and the x(t) that comes back may
 not be the one that went: the more so, the stiffer the field. Every function here measures it, as the distance at which
-the backward solve ends from the state that it should reach, and gives NaN instead of a gradient along a wrong path.
+the backward solve ends from the state that it should reach, and gives NaN instead of a gradient along a wrong path:
+one beyond a ``drift_limit``.
 
     loss, by_x0, by_args = gradients(lambda x1: jnp.sum(x1**2), field, x0, args, t0=0.0, t1=1.0)
 
@@ -34,11 +35,25 @@ import numpy as np
 from dgm_jax import _checks, solvers
 from dgm_jax.types import Args, Array, ScalarField, VectorField
 
-__all__ = ["DRIFTED", "Adjoint", "Path", "drift", "gradients", "objective", "path", "raise_if_failed", "solve"]
+__all__ = [
+    "BAD_TIMES",
+    "DRIFTED",
+    "Adjoint",
+    "Path",
+    "drift",
+    "gradients",
+    "objective",
+    "path",
+    "raise_if_failed",
+    "solve",
+]
 
 DRIFTED = 5
 """Both solves reached their ends, but the backward one by another path: ``reconstruction_error`` is above the limit.
-The other values of a status are those of ``solvers``."""
+The other values of a status are those of ``solvers``, and ``BAD_TIMES``."""
+
+BAD_TIMES = 6
+"""A time of the loss, known only when run, is outside of the solve or out of order: there is no loss."""
 
 Loss = Callable[[Any], Array]
 
@@ -47,7 +62,8 @@ class Adjoint(NamedTuple):
     """A loss, its gradients, and how the two solves went.
 
     Attributes:
-        loss: the loss, with the integral of the running loss in it ``[]``; NaN where the forward solve failed.
+        loss: the loss, with the integral of the running loss in it ``[]``; NaN where the forward solve failed, or
+            where its times are ``BAD_TIMES``.
         x0: dL/dx0, like ``x0``; this and every other gradient is NaN where ``status`` is not ``solvers.OK``.
         args: dL/dargs, like ``args``. As from ``jax.grad(..., allow_int=True)``, the gradient of integers, booleans and
             keys has dtype ``float0``.
@@ -57,7 +73,8 @@ class Adjoint(NamedTuple):
             pieces, relative to the larger state at the ends of that piece ``[]``; infinite where it did not get there.
         nfe_forward: evaluations of the field in the forward solve ``[]``, int32; -1 where the solver does not count.
         nfe_backward: the same of the backward solve, each with its vector-Jacobian product.
-        status: ``solvers.OK``, the failure of the forward solve, or that of the backward one, also ``DRIFTED`` ``[]``.
+        status: ``solvers.OK``, ``BAD_TIMES``, the failure of the forward solve, or that of the backward one, also
+            ``DRIFTED`` ``[]``.
         t: where the solve that failed stopped; t0 if none did ``[]``.
     """
 
@@ -158,7 +175,8 @@ def solve(
         t0: the initial time.
         t1: the final time; ``t1 < t0`` runs backwards. With ``ts`` and no running loss nothing after the last of them
             counts, and nothing is solved there.
-        ts: times of the loss, between t0 and t1 and strictly in that order ``[num]``.
+        ts: times of the loss, between t0 and t1 and strictly in that order ``[num]``. Where tracers hide that they are
+            not, the status is ``BAD_TIMES``, and loss and gradients are NaN.
         running_loss: l, ``(t [], x, args) -> []``, whose integral from t0 to t1 is part of the loss.
         rtol: relative tolerance of both solves.
         atol: absolute tolerance of both solves.
@@ -179,9 +197,9 @@ def solve(
         TypeError: a state that is not floats, a loss that is not a float, complex parameters.
     """
     x0, args, dtype = _arrays(x0, args)
-    t0, t1, marks = _times(t0, t1, ts, dtype)
+    t0, t1, marks, in_order = _times(t0, t1, ts, dtype)
     if loss is None and running_loss is None:
-        raise ValueError("loss and running_loss are both None: pass at least one of them.")
+        raise ValueError(_NO_LOSS)
     _check_scalar("running_loss", running_loss, t0, x0, args)
     last = t1 if marks is None or running_loss is not None else marks[-1]
     settings = {"rtol": rtol, "atol": atol, "solver": solver, "max_steps": max_steps}
@@ -270,12 +288,13 @@ def solve(
         status = jnp.where((status == solvers.OK) & ~(error <= drift_limit), DRIFTED, status)
     stopped = jnp.where(forward.status == solvers.OK, stopped, forward.t)
     status = jnp.where(forward.status == solvers.OK, status, forward.status)
+    status, stopped = jnp.where(in_order, status, BAD_TIMES), jnp.where(in_order, stopped, t0)
 
     def checked(gradient: Array) -> Array:
         return jnp.where(status == solvers.OK, gradient, jnp.nan)
 
     found = Adjoint(
-        jnp.where(forward.status == solvers.OK, value, jnp.nan),
+        jnp.where((forward.status == solvers.OK) & in_order, value, jnp.nan),
         jax.tree.map(lambda leaf: checked(scale * leaf), a_x),
         _merge(args, [checked(scale * leaf) for leaf in a_theta]),
         checked(by_t0),
@@ -340,7 +359,7 @@ def objective(
 
 
 def path(
-    loss: Loss,
+    loss: Loss | None,
     field: VectorField,
     x0: Any,
     args: Args = None,
@@ -353,44 +372,61 @@ def path(
     atol: float | Array = 1e-5,
     solver: Any = None,
     max_steps: int = 4096,
+    drift_limit: float | Array | None = 0.1,
     throw: bool = True,
 ) -> Path:
     """The adjoint functions a_x(t) = dL/dx(t) and a_theta(t) of a loss at t1, at times of one's choice.
 
     Args:
-        loss: of x(t1), ``x1 -> []``.
+        loss: of x(t1), ``x1 -> []``; ``None`` where the running loss is all.
         field: as in ``solve``.
         x0: as in ``solve``.
         args: as in ``solve``.
         t0: the initial time.
         t1: the final time.
-        ts: the times to look at, between t0 and t1 and strictly in that order ``[num]``.
+        ts: the times to look at, between t0 and t1 and strictly in that order ``[num]``. Where tracers hide that they
+            are not, everything is NaN.
         running_loss: as in ``solve``.
         rtol: as in ``solve``.
         atol: as in ``solve``, for the adjoint in its own units.
         solver: as in ``solve``.
         max_steps: as in ``solve``.
-        throw: raise when a solve fails, if that can be known now.
+        drift_limit: the largest distance of the backward solve's x(t0) from ``x0``, relative to the larger of ``x0``
+            and x(t1), with which anything is given; ``None`` for no limit, and all times that it reached.
+        throw: raise when a solve fails or drifts, if that can be known now.
 
     Returns:
-        A ``Path``, whose arrays are NaN where a solve failed. All a_theta are kept: num copies of the parameters.
+        A ``Path``, whose arrays but ``ts`` are NaN where a solve failed or drifted. All a_theta are kept: num copies
+        of the parameters.
 
     Raises:
-        As ``solve``. Drift is not looked for: compare ``x`` with a forward solve, or call ``drift``.
+        As ``solve``; and
+        ValueError: no times.
     """
+    if ts is None:
+        raise ValueError("ts is None: pass the times to look at, for instance jnp.linspace(t0, t1, 11).")
+    if loss is None and running_loss is None:
+        raise ValueError(_NO_LOSS)
     x0, args, dtype = _arrays(x0, args)
-    t0, t1, marks = _times(t0, t1, ts, dtype)
-    marks = cast(Array, marks)
-    settings: dict[str, Any] = {"rtol": rtol, "atol": atol, "solver": solver, "max_steps": max_steps, "throw": throw}
-    x1 = solvers.odeint(field, x0, args, t0=t0, t1=t1, **settings)
+    t0, t1, times, good = _times(t0, t1, ts, dtype)
+    times = cast(Array, times)
+    settings: dict[str, Any] = {"rtol": rtol, "atol": atol, "solver": solver, "max_steps": max_steps}
+    x1 = solvers.odeint(field, x0, args, t0=t0, t1=t1, throw=throw, **settings)
     _check_scalar("loss", loss, x1)
     _check_scalar("running_loss", running_loss, t1, x1, args)
-    start = (x1, jax.grad(loss)(x1), [jnp.zeros(leaf.shape, dtype) for leaf in _split(args)[0]])
+    a_x1 = jax.tree.map(jnp.zeros_like, x1) if loss is None else jax.grad(loss)(x1)
+    start = (x1, a_x1, [jnp.zeros(leaf.shape, dtype) for leaf in _split(args)[0]])
     settings |= {"stepsize_controller": _controller(None, rtol, atol, t1, t0)}
     augmented = jax.tree_util.Partial(_augmented, field, running_loss)
-    found = solvers.solve_ode(augmented, start, args, t0=t1, t1=t0, ts=marks[::-1], **settings)
-    x, a_x, a_theta = jax.tree.map(lambda leaf: leaf[::-1], found.xs)
-    return Path(marks, x, a_x, _merge(args, a_theta, empty=True))
+    found = solvers.solve_ode(augmented, start, args, t0=t1, t1=t0, ts=times[::-1], throw=False, **settings)
+    error, status = _distance(found.x[0], x0, x1), found.status
+    if drift_limit is not None:
+        status = jnp.where((status == solvers.OK) & ~(error <= drift_limit), DRIFTED, status)
+        good = good & (status == solvers.OK)
+    if throw and _checks.concrete((status, found.t, error)) and int(status) != solvers.OK:
+        raise solvers.SolveError(_backward_failure(int(status), float(found.t), float(error)))
+    x, a_x, a_theta = jax.tree.map(lambda leaf: jnp.where(good, leaf[::-1], jnp.nan), found.xs)
+    return Path(jnp.asarray(ts, dtype), x, a_x, _merge(args, a_theta, empty=True))
 
 
 def drift(
@@ -451,25 +487,43 @@ def raise_if_failed(found: Adjoint) -> None:
     where = f" of element {', '.join(map(str, index))}" if index else ""
     also = f" {len(failed)} of {status.size} elements failed." if index else ""
     error, stopped, code = float(found.reconstruction_error[index]), float(found.t[index]), int(status[index])
-    instead = (
-        "differentiate the solver itself, solvers.odeint(..., adjoint=diffrax.RecursiveCheckpointAdjoint()), "
-        "or tighten rtol and atol"
-    )
-    if code == DRIFTED:
+    if code == BAD_TIMES:
         raise solvers.SolveError(
-            f"The backward solve{where} drifted: it ends at a relative distance of {error:.3g} from the states that it "
-            f"should reach, so its gradients would be those of another path. The field contracts: {instead}, or pass a "
-            f"larger drift_limit.{also}"
+            f"ts{where} holds a time outside of the solve from t0 to t1, or out of order: pass times between the two, "
+            f"strictly in that order.{also}"
         )
     if not np.isfinite(np.asarray(found.loss)[index]):
         raise solvers.SolveError(
             f"The forward solve{where} stopped at t = {stopped:.6g}: {_WORDS[code]}, or the loss is not finite.{also}"
         )
-    raise solvers.SolveError(
-        f"The backward solve{where} stopped at t = {stopped:.6g}: {_WORDS[code]}. A field that contracts forwards "
-        f"expands backwards: {instead}.{also}"
+    raise solvers.SolveError(_backward_failure(code, stopped, error, where) + also)
+
+
+def _backward_failure(code: int, stopped: float, error: float, where: str = "") -> str:
+    """Why there is no gradient, in words, with a remedy."""
+    instead = (
+        "differentiate the solver itself, solvers.odeint(..., adjoint=diffrax.RecursiveCheckpointAdjoint()), "
+        "or tighten rtol and atol"
+    )
+    if code == DRIFTED:
+        return (
+            f"The backward solve{where} drifted: it ends at a relative distance of {error:.3g} from the states that it "
+            f"should reach, so its gradients would be those of another path. The field contracts: {instead}, or pass a "
+            "larger drift_limit."
+        )
+    failed = f"The backward solve{where} stopped at t = {stopped:.6g}: {_WORDS[code]}."
+    if code == solvers.NONFINITE:
+        return (
+            f"{failed} The derivative of the loss or of the field is not finite there, or fixed steps are too large. "
+            "Look for norms and square roots at 0, and keep their argument away from it by jnp.where."
+        )
+    return (
+        f"{failed} A field that contracts forwards expands backwards, and one whose derivative is not finite cannot be "
+        f"passed: {instead}."
     )
 
+
+_NO_LOSS = "loss and running_loss are both None: pass at least one of them."
 
 _WORDS = {
     solvers.NONFINITE: "its state is not finite",
@@ -617,14 +671,16 @@ def _merge(args: Args, gradients: list[Array], empty: bool = False) -> Any:
     return jax.tree.unflatten(structure, [one(leaf) for leaf in leaves])
 
 
-def _times(t0: float | Array, t1: float | Array, ts: Any, dtype: Any) -> tuple[Array, Array, Array | None]:
-    """The times in the state's dtype, in order as far as that can be known now."""
+def _times(
+    t0: float | Array, t1: float | Array, ts: Any, dtype: Any
+) -> tuple[Array, Array, Array | None, bool | Array]:
+    """The times in the state's dtype, and whether those of ts are in order: if not, others that are stand for them."""
     start, end = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
     for name, value in (("t0", start), ("t1", end)):
         if value.shape != ():
             raise ValueError(f"{name} must be one time of shape (), got shape {value.shape}: use jax.vmap over times.")
     if ts is None:
-        return start, end, None
+        return start, end, None, True
     marks = jnp.asarray(ts, dtype)
     if marks.ndim != 1 or marks.size == 0:
         raise ValueError(f"ts must be at least one time [num], got shape {marks.shape}: pass None for a loss of x(t1).")
@@ -645,7 +701,11 @@ def _times(t0: float | Array, t1: float | Array, ts: Any, dtype: Any) -> tuple[A
                 f"ts must strictly {order} but ts[{k}] = {times[k]:.6g} and ts[{k + 1}] = {times[k + 1]:.6g}: "
                 "sort the times, and weigh one that counts twice in the loss."
             )
-    return start, end, marks
+        return start, end, marks, True
+    direction = jnp.where(end < start, -1, 1).astype(dtype)
+    within = (direction * (marks - start) >= 0) & (direction * (end - marks) >= 0)
+    in_order = jnp.all(within) & jnp.all(direction * jnp.diff(marks) > 0)
+    return start, end, jnp.where(in_order, marks, jnp.linspace(start, end, marks.size)), in_order
 
 
 def _check_scalar(name: str, function: Any, *arguments: Any) -> None:

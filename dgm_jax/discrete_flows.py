@@ -76,7 +76,7 @@ def compose(flows: Sequence[Flow]) -> Flow:
         The flow.
 
     Raises:
-        ValueError: no flow at all; when called, params that are not one for each flow.
+        ValueError: no flow at all; when called, params that are not one for each flow, or the NamedTuple of one flow.
     """
     flows = tuple(flows)
     if not flows:
@@ -91,8 +91,9 @@ def compose(flows: Sequence[Flow]) -> Flow:
         return x, total
 
     def paired(params: Any) -> list[tuple[Flow, Any]]:
-        if not isinstance(params, list | tuple) or len(params) != len(flows):
-            got = f"{len(params)} of them" if isinstance(params, list | tuple) else f"a {type(params).__name__}"
+        sequence = isinstance(params, list | tuple) and not hasattr(params, "_fields")
+        if not sequence or len(params) != len(flows):
+            got = f"{len(params)} of them" if sequence else f"a {type(params).__name__}"
             raise ValueError(f"params must be a sequence with the params of each of {len(flows)} flows, got {got}.")
         return list(zip(flows, params, strict=True))
 
@@ -114,10 +115,20 @@ def repeat(flow: Flow) -> Flow:
 
     Returns:
         The flow.
+
+    Raises:
+        ValueError: when called, params without a leading axis of one length.
     """
 
     def run(step: Callable[[Any, Array], tuple[Array, Array]], params: Any, x: Array, back: bool) -> Any:
         x = _checks.floating("x", x)
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
+        if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
+            raise ValueError(
+                f"params must have a leading axis [K, ...] of one length, got arrays of shapes {shapes}: make them by "
+                "jax.vmap of an initialiser over K keys, or stack those of K flows by "
+                "jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)."
+            )
         x, log_dets = jax.lax.scan(lambda x, each: step(each, x), x, params, reverse=back)
         return x, jnp.sum(log_dets)
 
@@ -221,7 +232,7 @@ def dense_log_abs_det(f: Callable[[Array], Array], x: Array) -> tuple[Array, Arr
 
 
 class Planar(NamedTuple):
-    """Parameters of :func:`planar`: u ``[d]``, w ``[d]`` and b ``[]``, of any values."""
+    """Parameters of :func:`planar`: u ``[d]``, w ``[d]`` and b ``[]``, of any values within the floats' range."""
 
     u: Array
     w: Array
@@ -240,6 +251,9 @@ def planar() -> Flow:
     The paper has 1 for e - 1; with e - 1, u = 0 is the identity, and small w do no harm. The inverse follows from the
     root a of a + w.v tanh(a) = w.x + b, found to rounding by Newton steps from the side on which they cannot overshoot.
     Its derivatives, of any order, are those of the implicit function.
+
+    In floats 1 + w.v, which is about 1.7 e^(w.u) for w.u far below 0, becomes 0 where w.u is below -708 (float64) or
+    -87 (float32): there the log abs det can be minus infinity, and the inverse NaN.
 
     Returns:
         The flow, of params :class:`Planar` and examples ``[d]``. An evaluation is O(d), the inverse too.
@@ -346,7 +360,8 @@ def affine_coupling(
         result is NaN.
 
     Raises:
-        TypeError: ``mask`` not of booleans; when called, an example not of floats, or s' or t of another dtype.
+        TypeError: ``mask`` not of booleans; when called, an example not of floats, a network that does not return a
+            pair, or s' or t of another dtype.
         ValueError: a mask that is all True or all False; ``max_log_scale`` not positive and finite; when called, an
             example, s' or t not of the shape of the mask; s' or t not finite where they matter, unless a tracer.
 
@@ -368,7 +383,14 @@ def affine_coupling(
             raise ValueError(
                 f"the example has shape {x.shape} and the mask {keep.shape}: they must agree; use jax.vmap for a batch."
             )
-        raw, shift = network(jnp.where(keep, x, jnp.zeros_like(x)), params)
+        pair = network(jnp.where(keep, x, jnp.zeros_like(x)), params)
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            got = f"{len(pair)} values" if isinstance(pair, list | tuple) else f"one {type(pair).__name__}"
+            raise TypeError(
+                f"network must return a pair, log-scale and shift, each of shape {x.shape}, got {got}: an array that "
+                "holds both is to be split."
+            )
+        raw, shift = pair
         for name, value in (("the log-scale of the network", raw), ("the shift of the network", shift)):
             _same(name, value, x.shape, x)
             if _checks.concrete(value) and not np.isfinite(np.asarray(value))[~keep].all():

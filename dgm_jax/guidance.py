@@ -77,7 +77,8 @@ def classifier(
     Raises:
         ValueError: a gamma that is not one finite number, an interval out of order; when called, a t that is not one
             time, a score of another shape than x, a log-probability that is not one number.
-        TypeError: an interval that is not known; when called, values that are not floats of the dtype of x.
+        TypeError: a gamma that is not a real number, an interval that is not known, or not of numbers; when called,
+            values that are not floats of the dtype of x.
 
     Source: Dhariwal & Nichol (2021), section 4 and algorithm 1.
     """
@@ -123,7 +124,8 @@ def classifier_free(
     Raises:
         ValueError: a gamma that is not one finite number, an interval out of order; when called, a t that is not one
             time, or a field of another shape than x.
-        TypeError: an interval that is not known; when called, values that are not floats of the dtype of x.
+        TypeError: a gamma that is not a real number, an interval that is not known, or not of numbers; when called,
+            values that are not floats of the dtype of x.
 
     Source: Ho & Salimans (2022), equation 6, with w = gamma - 1; Kynkaanniemi et al. (2024), section 3, the interval.
     """
@@ -170,7 +172,8 @@ def classifier_noise(
     Args:
         noise_model: eps, ``(n [], x [*event], args) -> [*event]``, n an integer from 0 to T - 1.
         log_prob_y: log p(y | x_n) of the wanted class, ``(n [], x [*event], args) -> []``.
-        chain: betas and alpha_bars ``[T]``. Brought to the dtype of x.
+        chain: betas and alpha_bars ``[T]``. Of the betas 1 - alpha_bar_n is made, for near 1 an alpha_bar in float32
+            has lost its digits. It is brought to the dtype of x.
         scale: gamma ``[]``; brought to the dtype of x. Where it is known to be 0, the classifier is not evaluated.
         interval: (first, last), the steps in which gamma counts, both within; at all others gamma is 1.
 
@@ -178,31 +181,39 @@ def classifier_noise(
         ``(n [], x [*event], args) -> [*event]``: a noise model for the chain. NaN for a traced n out of the chain.
 
     Raises:
-        ValueError: a gamma that is not one finite number, an interval out of order, alpha_bars that are not ``[T]``;
-            when called, an n out of the chain, a value of another shape than x, a log-probability that is not one
-            number.
-        TypeError: an interval that is not known; when called, an n that is not an integer, values that are not floats
-            of the dtype of x.
+        ValueError: a gamma that is not one finite number, an interval out of order, alpha_bars or betas that are not
+            ``[T]``; when called, an n out of the chain, a value of another shape than x, a log-probability that is not
+            one number.
+        TypeError: a gamma that is not a real number, an interval that is not known, or not of numbers; when called, an
+            n that is not an integer, values that are not floats of the dtype of x.
 
     Source: Dhariwal & Nichol (2021), section 4.2, equation 14 and algorithm 2.
     """
     gamma, interval = _scale(scale), _interval(interval)
-    alpha_bars = floating("chain.alpha_bars", chain.alpha_bars)
+    alpha_bars, betas = floating("chain.alpha_bars", chain.alpha_bars), floating("chain.betas", chain.betas)
     if alpha_bars.ndim != 1 or alpha_bars.size == 0:
         raise ValueError(f"chain.alpha_bars must have shape [T], one for each step, got shape {alpha_bars.shape}.")
+    if betas.shape != alpha_bars.shape:
+        raise ValueError(
+            f"chain.betas must have the shape [T] of chain.alpha_bars, {alpha_bars.shape}, got shape {betas.shape}: "
+            "ddpm.chain(betas) makes the two."
+        )
+    num = betas.shape[0]
+    variances = -jnp.expm1(jnp.cumsum(jnp.log1p(-betas)))  # 1 - alpha_bars, to all digits
 
     def field(n: Array, x: Array, args: Args = None) -> Array:
         n, x = _at(n, x)
-        num = alpha_bars.shape[0]
         if not jnp.issubdtype(n.dtype, jnp.integer):
             raise TypeError(f"n must be an integer, the step of the chain from 0 to {num - 1}, got dtype {n.dtype}.")
         if concrete(n) and not 0 <= int(n) < num:
             raise ValueError(f"n must be a step of the chain, from 0 to {num - 1}, got {int(n)}.")
+        n = _wide(n)
         eps = evaluate("noise_model", noise_model, n, x, args)
-        at_n = jnp.where((n >= 0) & (n < num), alpha_bars[jnp.clip(n, 0, num - 1)], jnp.nan)
+        eps = jnp.where((n >= 0) & (n < num), eps, jnp.nan)
 
         def pull() -> Array:
-            return -jnp.sqrt(1 - at_n).astype(x.dtype) * _gradient(log_prob_y, n, x, args)
+            variance = variances[jnp.clip(n, 0, num - 1)]
+            return -jnp.sqrt(variance).astype(x.dtype) * _gradient(log_prob_y, n, x, args)
 
         return eps + _weighted(gamma, interval, n, x, pull)
 
@@ -302,6 +313,7 @@ def drop_labels(key: Array, labels: Array, rate: float | Array, num_classes: int
     if concrete(rate) and not 0 <= float(rate) <= 1:
         raise ValueError(f"rate must be a probability, in [0, 1], got {float(rate)}: 0.1 to 0.2 is usual.")
     rate = jnp.asarray(rate, float)
+    labels = _wide(labels)
     good = (labels >= 0) & (labels < num_classes) & ((rate >= 0) & (rate <= 1))
     drop = jax.random.uniform(key, labels.shape, rate.dtype) < rate
     return jnp.where(good, jnp.where(drop, num_classes, labels.astype(jnp.int32)), -1)
@@ -370,6 +382,8 @@ def cross_entropy(
 
 def _scale(scale: Any) -> float | Array:
     """gamma as a finite float where it is known, as the tracer that it is elsewhere."""
+    if scale is None or isinstance(scale, str | bytes) or jnp.iscomplexobj(scale):
+        raise TypeError(f"scale must be a real number gamma, got {scale!r}: 0 is unconditional, 1 is Bayes' rule.")
     shape = jnp.shape(scale)
     if shape != ():
         raise ValueError(
@@ -385,14 +399,18 @@ def _scale(scale: Any) -> float | Array:
 
 
 def _interval(interval: Any) -> tuple[float, float] | None:
-    """The two ends as floats, if they are in order."""
+    """The two ends as floats, if they are in order; they may be one."""
     if interval is None:
         return None
     if not concrete(interval):
         raise TypeError("interval must be known when a function is traced: pass two floats, not tracers.")
+    if np.shape(interval) != (2,):
+        raise ValueError(f"interval must be two numbers (low, high), got {interval!r}: or None, for all times.")
+    if any(end is None or isinstance(end, str | bytes) or jnp.iscomplexobj(end) for end in interval):
+        raise TypeError(f"interval must be two real numbers (low, high), got {interval!r}.")
     low, high = (float(end) for end in interval)
-    if not -math.inf < low < high < math.inf:
-        raise ValueError(f"interval must be (low, high) with low < high and both finite, got ({low}, {high}).")
+    if not -math.inf < low <= high < math.inf:
+        raise ValueError(f"interval must be (low, high) with low <= high and both finite, got ({low}, {high}).")
     return low, high
 
 
@@ -406,6 +424,11 @@ def _inside(interval: tuple[float, float], t: Array) -> Array:
     low, high = interval
     t = t if jnp.issubdtype(t.dtype, jnp.floating) else t.astype(float)
     return (low <= t) & (t <= high)
+
+
+def _wide(n: Array) -> Array:
+    """Integers in a dtype that holds what they are compared with: 256 in 8 bits is 0."""
+    return n.astype(jnp.int32) if jnp.iinfo(n.dtype).bits < 32 else n
 
 
 def _weighted(gamma: float | Array, interval: tuple[float, float] | None, t: Array, x: Array, pull: Any) -> Array:
@@ -460,6 +483,7 @@ def _log_softmax(values: Array, y: int | Array) -> Array:
         )
     if concrete(y) and not 0 <= int(y) < num:
         raise ValueError(f"the label y must be from 0 to {num - 1}, got {int(y)}: a classifier has no null label.")
+    y = _wide(y)
     factor = jnp.where((y >= 0) & (y < num), 1.0, jnp.nan).astype(values.dtype)
     return factor * jax.nn.log_softmax(values)[jnp.clip(y, 0, num - 1)]
 

@@ -71,6 +71,24 @@ class Config:
     """Points along a side of the density maps."""
 
 
+def check(config: Config) -> None:
+    """What would fail only after a training is found before it."""
+    for name in config.flows:
+        if name not in TITLES:
+            raise ValueError(f"flows holds {name!r}, expected some of {', '.join(TITLES)}.")
+    if not config.flows or len(set(config.flows)) < len(config.flows):
+        raise ValueError(f"flows must name at least one flow, and each once, got {config.flows}.")
+    if config.num_steps < 1 or config.blocks < 1 or config.planes < 1:
+        raise ValueError(
+            f"num_steps, blocks and planes must be at least 1, got {config.num_steps}, {config.blocks} and "
+            f"{config.planes}."
+        )
+    if config.num_test < 3 or config.grid < 2:
+        raise ValueError(
+            f"num_test must be at least 3, for standard errors, and grid 2, got {config.num_test} and {config.grid}."
+        )
+
+
 class Model(NamedTuple):
     """A flow, and how its parameters begin."""
 
@@ -89,8 +107,6 @@ def make_model(config: Config, name: str, x: Array) -> Model:
         flow = df.compose([df.repeat(df.invert(df.planar())), df.lu_affine()])
         start = jax.vmap(partial(df.init_planar, x=x))
         return Model(flow, lambda key: (start(jax.random.split(key, config.planes)), df.init_lu_affine(x)))
-    if name != "realnvp":
-        raise ValueError(f"flows holds {name!r}, expected some of {', '.join(TITLES)}.")
     net = networks.MLP(config.features, jax.nn.silu, out_features=2 * x.size, param_dtype=x.dtype)
     never = jnp.zeros((), x.dtype)  # the time, which a coupling has not
 
@@ -181,6 +197,7 @@ def draw_histories(folder: Path, histories: dict[str, Any]) -> None:
 
 def main(config: Config) -> dict[str, Any]:
     """Trains, measures and draws; returns what metrics.json holds."""
+    check(config)
     log_true = jax.vmap(datasets.log_density(config.data))
     run, mesh = runs.open_run(config, may_differ=("num_test", "grid")), training.mesh()
     key_batch, key_test, key_train, key_z = jax.random.split(jax.random.key(config.seed), 4)

@@ -117,6 +117,20 @@ def check(config: Config) -> None:
         )
     if not 0 <= config.drop_rate <= 1:
         raise ValueError(f"drop_rate must be in [0, 1], got {config.drop_rate}.")
+    if config.num_steps < 1 or config.sampler_steps < 1:
+        raise ValueError(
+            f"num_steps and sampler_steps must be at least 1, got {config.num_steps} and {config.sampler_steps}."
+        )
+    largest = math.exp(-0.5 * float(schedules.log_snr(SCHEDULE, jnp.ones(()))))
+    if not 0 < config.noise_start < largest:
+        raise ValueError(
+            f"noise_start must be between 0 and {largest:.3g}, sigma / alpha where sampling begins, got "
+            f"{config.noise_start}."
+        )
+    if not (math.isfinite(config.noise_mean) and 0 < config.noise_std < math.inf):
+        raise ValueError(
+            f"noise_mean must be finite and noise_std positive, got {config.noise_mean} and {config.noise_std}."
+        )
 
 
 # --------------------------------------------------------------------------------- the plane, with exact scores

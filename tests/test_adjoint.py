@@ -109,7 +109,8 @@ def test_losses_at_several_times_and_along_the_path_equal_the_matrix_exponential
     """L = sum_k w_k^T x(t_k) + integral of r (c^T x cos t + tr(A) / 10) dt, to 1e-8: of both, of either, and backwards.
 
     The integral of c^T expm(A (t - t0)) x0 exp(i t) dt is c^T (A + iI)^-1 (expm((A + iI) (t1 - t0)) - I) x0 exp(i t0);
-    its derivative by A is taken by central differences of step 1e-5, whose error is some 1e-10.
+    its derivatives by A and t0 are taken by central differences of step 1e-5, whose error is some 1e-10. Times of the
+    loss that cannot be, traced, give NaN and say so.
     """
     c, step = np.array([0.5, 1.0, -0.3]), 1e-5
 
@@ -143,7 +144,10 @@ def test_losses_at_several_times_and_along_the_path_equal_the_matrix_exponential
         loss = sum(w @ e @ X0 for w, e in zip(weights, flows, strict=True)) + r * path
         by_x0 = sum(e.T @ w for w, e in zip(weights, flows, strict=True)) + r * by_x0
         by_a = sum(frechet(A, t - t0, w, X0) for w, t in zip(weights, ts, strict=True)) + r * by_a
+        rates = [integral(A, X0, t0 + sign * step, t1) / (2 * step) for sign in (1, -1)]
+        by_t0 = r * (rates[0] - rates[1]) - sum(w @ e @ A @ X0 for w, e in zip(weights, flows, strict=True))
         x1 = scipy.linalg.expm((t1 - t0) * A) @ X0
+        assert float(found.t0) == pytest.approx(by_t0, abs=1e-8)
         assert float(found.loss) == pytest.approx(loss, abs=1e-8)
         np.testing.assert_allclose(found.x0, by_x0, atol=1e-8)
         np.testing.assert_allclose(found.args[0], by_a, atol=1e-8)
@@ -156,10 +160,26 @@ def test_losses_at_several_times_and_along_the_path_equal_the_matrix_exponential
     check(T0, T1, TS, 0 * W, 1.0)
     check(T1, T0, np.array([1.5, 1.1, 0.2]), W, 1.0)
 
+    for t0, t1, ts in (
+        (T0, T1, [0.3, 0.7, 1.6]),
+        (T0, T1, [0.1, 0.7, 1.3]),
+        (T0, T1, [0.3, 1.3, 0.7]),
+        (T0, T1, [0.3, 0.3, 0.7]),
+        (T0, T1, [0.3, np.nan, 0.7]),
+        (T1, T0, [0.3, 0.7, 1.3]),
+    ):
+        found = solve(t0, t1, np.asarray(ts), W, 1.0)
+        assert int(found.status) == adjoint.BAD_TIMES
+        for value in (found.loss, found.x0, *found.args, found.t0, found.t1):
+            assert np.isnan(value).all()
+        with pytest.raises(solvers.SolveError, match=r"ts holds a time outside .* or out of order"):
+            adjoint.raise_if_failed(found)
+
 
 @pytest.mark.slow
 def test_times_or_a_path_alone():
-    """The forms without the other: with ts nothing is solved after the last time; a path needs no other loss."""
+    """The forms without the other: with ts nothing is solved after the last time; a path needs no other loss. In a
+    batch of times, traced, one that cannot be leaves the others alone."""
     problem = (linear, jnp.asarray(X0), jnp.asarray(A))
     times = [*TS[:2], 0.9]
     weights = jnp.asarray(W)
@@ -167,14 +187,26 @@ def test_times_or_a_path_alone():
     def nan_at_the_end(t, x, a):
         return jnp.where(t > 1.0, jnp.nan, 1.0) * (a @ x)
 
-    found = adjoint.solve(
-        lambda xs: jnp.sum(weights * xs), nan_at_the_end, *problem[1:], t0=T0, t1=T1, ts=jnp.asarray(times), **TIGHT
-    )
+    def of_times(ts):
+        options = {"t0": T0, "t1": T1, "ts": ts, **TIGHT}
+        return adjoint.solve(lambda xs: jnp.sum(weights * xs), nan_at_the_end, *problem[1:], **options)
+
+    batch = jax.jit(jax.vmap(of_times))(jnp.asarray([times, [0.3, 0.9, 1.6], [0.3, 0.9, 0.8]]))
+    found = jax.tree.map(lambda leaf: leaf[0], batch)
     by_x0 = sum(scipy.linalg.expm((t - T0) * A).T @ w for w, t in zip(W, times, strict=True))
     by_a = sum(frechet(A, t - T0, w, X0) for w, t in zip(W, times, strict=True))
     np.testing.assert_allclose(found.x0, by_x0, atol=1e-8)
     np.testing.assert_allclose(found.args, by_a, atol=1e-8)
     assert float(found.t1) == 0.0
+    by_t0 = -sum(w @ scipy.linalg.expm((t - T0) * A) @ A @ X0 for w, t in zip(W, times, strict=True))
+    assert float(found.t0) == pytest.approx(by_t0, abs=1e-8)
+
+    assert batch.status.tolist() == [solvers.OK, adjoint.BAD_TIMES, adjoint.BAD_TIMES]
+    assert np.isnan(batch.loss[1:]).all()
+    assert np.isnan(batch.x0[1:]).all()
+    assert np.isnan(batch.args[1:]).all()
+    with pytest.raises(solvers.SolveError, match=r"ts of element 1 holds .* 2 of 3"):
+        adjoint.raise_if_failed(batch)
 
     # x_0(t)^2 + ... along dx/dt = A x: the Gramian G = integral of E^T E, A^T G + G A = E^T E - I at the end
     value, by_x0, _ = adjoint.gradients(None, *problem, t0=T0, t1=T1, running_loss=lambda t, x, a: x @ x, **TIGHT)
@@ -251,27 +283,42 @@ def test_a_network_equals_the_adjoints_of_diffrax(network, peer):
 @pytest.mark.slow
 def test_the_adjoint_functions_are_the_gradients_from_each_time_on():
     """a_x(t) = dL/dx(t) and a_theta(t): those of the flow from t to t1, here by Diffrax's checkpoints; and a_x obeys
-    da_x/dt = -a_x^T df/dx, by central differences in t."""
+    da_x/dt = -a_x^T df/dx - dl/dx, by central differences in t. With a running loss; then with nothing else."""
     x0, args = mlp_problem()
     h = 1e-3
     ts = jnp.asarray([0.5 - h, 0.5, 0.5 + h, 1.7])
-    found = adjoint.path(end_loss, mlp, x0, args, t0=0.0, t1=2.0, ts=ts, **TIGHT)
+
+    def running(t, x, args):
+        return args["gain"] * jnp.cos(t) * x[0][0] ** 2 + jnp.sum(jnp.sin(x[1]))
+
+    options = {"t0": 0.0, "t1": 2.0, "ts": ts, "running_loss": running, **TIGHT}
+    found = adjoint.path(end_loss, mlp, x0, args, **options)
+    alone = adjoint.path(None, mlp, x0, args, **options)
     rest = {"num": args["num"], "flag": True}
 
-    def onwards(t, x, changed):
-        return end_loss(solvers.odeint(mlp, x, rest | changed, t0=t, t1=2.0, **TIGHT))
+    def both(t, state, args):
+        return mlp(t, state[0], args), running(t, state[0], args)
+
+    def onwards(t, x, changed, weight):
+        x1, integral = solvers.odeint(both, (x, jnp.zeros(())), rest | changed, t0=t, t1=2.0, **TIGHT)
+        return weight * end_loss(x1) + integral
 
     parameters = floats(args) | {"gain": jnp.asarray(0.9)}
-    by_x, by_args = jax.jit(jax.vmap(jax.grad(onwards, (1, 2)), (0, 0, None)))(ts, found.x, parameters)
-    chex.assert_trees_all_close(found.a_x, by_x, atol=1e-8)
-    chex.assert_trees_all_close(floats(found.a_args), by_args, atol=1e-8)
+    gradient = jax.jit(jax.vmap(jax.grad(onwards, (1, 2)), (0, 0, None, None)))
+    for ours, weight in ((found, 1.0), (alone, 0.0)):
+        by_x, by_args = gradient(ts, ours.x, parameters, weight)
+        chex.assert_trees_all_close(ours.a_x, by_x, atol=1e-8)
+        chex.assert_trees_all_close(floats(ours.a_args), by_args, atol=1e-8)
     assert found.a_args["num"] is None
 
     at = jax.tree.map(lambda leaf: leaf[1], found.x)
     a = jax.tree.map(lambda leaf: leaf[1], found.a_x)
     slope = jax.tree.map(lambda leaf: (leaf[2] - leaf[0]) / (2 * h), found.a_x)
     jacobian = jax.jacfwd(lambda x: mlp(ts[1], x, args))(at)  # df_i/dx_j as a tuple of tuples
-    right = tuple(-sum(jnp.tensordot(a[i], jacobian[i][j], axes=a[i].ndim) for i in range(2)) for j in range(2))
+    by_running = jax.grad(running, 1)(ts[1], at, args)
+    right = tuple(
+        -sum(jnp.tensordot(a[i], jacobian[i][j], axes=a[i].ndim) for i in range(2)) - by_running[j] for j in range(2)
+    )
     chex.assert_trees_all_close(slope, right, atol=1e-5)
 
 
@@ -400,6 +447,28 @@ def test_a_field_that_contracts_drifts_and_gives_no_gradient():
     assert float(fine.args[1]) == pytest.approx(float(fine.loss) / 2, abs=1e-5)
 
 
+def test_a_path_that_drifts_is_nan():
+    """As above, of the adjoint functions: at rate 40 the way back ends at x(0) = (-28.6, 21.9) instead of (1.5, 0).
+
+    Without a limit the wrong path. At rate 1, a_gain(0) = (x_1(t1) - x_1(t0)) / gain; and for traced times that cannot
+    be, NaN.
+    """
+    x0 = jnp.asarray([1.5, 0.0])
+
+    @jax.jit
+    def path(rate, ts, limit):
+        return adjoint.path(lambda x: x[1], relaxing, x0, (rate, 2.0), t0=0.0, t1=1.0, ts=ts, drift_limit=limit)
+
+    ts = np.asarray([0.0, 0.5, 1.0])
+    stiff, free, fine = path(40.0, ts, 0.1), path(40.0, ts, np.inf), path(1.0, ts, 0.1)
+    for found in (stiff, path(1.0, ts[::-1], 0.1), path(1.0, ts + 0.1, 0.1)):
+        for value in (found.x, found.a_x, *found.a_args):
+            assert np.isnan(value).all()
+    assert abs(float(free.x[0, 0]) - 1.5) > 1
+    np.testing.assert_allclose(fine.x[0], x0, atol=1e-4)
+    assert float(fine.a_args[1][0]) == pytest.approx(float(fine.x[2, 1]) / 2, abs=1e-4)
+
+
 @pytest.mark.slow
 def test_a_solve_that_fails_names_itself():
     def blows_up(t, x, args):
@@ -413,6 +482,14 @@ def test_a_solve_that_fails_names_itself():
         adjoint.gradients(jnp.sum, blows_up, x0, t0=0.0, t1=1.0)
     with pytest.raises(solvers.SolveError, match=r"backward solve stopped at t = 1"):
         adjoint.gradients(jnp.sum, nan_backwards, x0, t0=0.0, t1=1.0)
+    times = {"t0": 0.0, "t1": 1.0, "ts": np.asarray([0.5])}
+    with pytest.raises(solvers.SolveError, match=r"backward solve drifted.*RecursiveCheckpointAdjoint"):
+        adjoint.path(lambda x: x[1], relaxing, jnp.asarray([1.5, 0.0]), (40.0, 2.0), **times)
+    with pytest.raises(solvers.SolveError, match=r"t = 1: .* derivative of the loss or of the field is not finite"):
+        adjoint.path(jnp.linalg.norm, nan_backwards, jnp.zeros(2), **times)
+    found = adjoint.Adjoint(*[jnp.zeros(())] * 8, jnp.int32(solvers.NONFINITE), jnp.ones(()))
+    with pytest.raises(solvers.SolveError, match=r"t = 1: .* derivative of the loss or of the field is not finite"):
+        adjoint.raise_if_failed(found)
 
 
 @pytest.mark.parametrize(
@@ -441,3 +518,13 @@ def test_bad_input(change, error, message):
     options = {"loss": jnp.sum, "field": linear, "x0": jnp.asarray(X0), "args": jnp.asarray(A), "t0": 0.0, "t1": 1.0}
     with pytest.raises(error, match=message):
         adjoint.solve(**options | change)
+
+
+def test_a_path_needs_a_loss_and_times():
+    problem = {"field": linear, "x0": jnp.asarray(X0), "args": jnp.asarray(A), "t0": 0.0, "t1": 1.0}
+    with pytest.raises(ValueError, match="loss and running_loss are both None"):
+        adjoint.path(None, **problem, ts=jnp.asarray([0.5]))
+    with pytest.raises(ValueError, match=r"ts is None: .*jnp\.linspace"):
+        adjoint.path(jnp.sum, **problem, ts=None)
+    with pytest.raises(ValueError, match=r"ts holds 1\.5, which is outside"):
+        adjoint.path(jnp.sum, **problem, ts=jnp.asarray([0.5, 1.5]))

@@ -380,6 +380,9 @@ def test_bad_input():
         df.affine_coupling(np.array([True, False, True]), lambda z, p: (z[:2], z)).forward(None, x)
     with pytest.raises(TypeError, match="shift of the network has dtype float32"):
         df.affine_coupling(np.array([True, False, True]), lambda z, p: (z, z.astype(jnp.float32))).forward(None, x)
+    for both in (lambda z, p: jnp.concatenate([z, z]), lambda z, p: (z, z, z), lambda z, p: jnp.stack([z, z])):
+        with pytest.raises(TypeError, match=r"network must return a pair, log-scale and shift, each of shape \(3,\)"):
+            df.affine_coupling(np.array([True, False, True]), both).inverse(None, x)
 
     with pytest.raises(ValueError, match=r"z must be one example \[d\]"):
         df.planar().forward(planes, jnp.ones((2, 3)))
@@ -400,6 +403,12 @@ def test_bad_input():
         df.compose([df.planar()] * 2).forward([planes], x)
     with pytest.raises(ValueError, match="each of 2 flows, got a dict"):
         df.compose([df.planar()] * 2).inverse({}, x)
+    with pytest.raises(ValueError, match="each of 3 flows, got a Planar"):
+        df.compose([df.planar()] * 3).forward(planes, x)
+    longer = planes._replace(u=jnp.ones((2, 3)), w=jnp.ones((3, 3)), b=jnp.ones(2))
+    for params in (planes, longer, None):
+        with pytest.raises(ValueError, match=r"params must have a leading axis \[K, ...\] .* jax.vmap"):
+            df.repeat(df.planar()).forward(params, x)
     with pytest.raises(ValueError, match=r"log_base must return one number"):
         df.log_prob(df.planar(), planes, x, lambda z: z)
     with pytest.raises(ValueError, match=r"f\(x\) has shape \(2,\)"):

@@ -51,9 +51,22 @@ def test_an_untrained_affine_flow_is_its_base(script, tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
-def test_unknown_flows(script, tmp_path):
-    with pytest.raises(ValueError, match="flows holds 'glow', expected some of dense_affine, planar, realnvp"):
-        script.main(script.Config(out=str(tmp_path), flows=("glow",), **TINY))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flows": ("planar", "glow")}, "flows holds 'glow', expected some of dense_affine, planar, realnvp"),
+        ({"flows": ()}, "at least one flow"),
+        ({"flows": ("planar", "planar")}, "each once"),
+        ({"grid": 1}, "grid 2, got 400 and 1"),
+        ({"num_test": 2}, "num_test must be at least 3"),
+        ({"num_steps": 0}, "num_steps, blocks and planes must be at least 1, got 0, 2 and 2"),
+        ({"planes": 0}, "num_steps, blocks and planes must be at least 1"),
+    ],
+)
+def test_bad_configurations_are_named_before_anything_is_written(script, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        script.main(script.Config(out=str(tmp_path / "run"), **TINY | changes))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -78,6 +78,11 @@ def test_without_a_network_the_score_is_that_of_a_gaussian():
         ({"interval": (0.5, 0.2)}, "interval must be two growing times"),
         ({"per_class": 2}, "per_class must be at least 3"),
         ({"drop_rate": 1.5}, r"drop_rate must be in \[0, 1\]"),
+        ({"sampler_steps": 0}, "num_steps and sampler_steps must be at least 1, got 4 and 0"),
+        ({"num_steps": 0}, "num_steps and sampler_steps must be at least 1, got 0 and 10"),
+        ({"noise_start": -1.0}, r"noise_start must be between 0 and 152, .* got -1\.0"),
+        ({"noise_start": 200.0}, "noise_start must be between 0 and 152"),
+        ({"noise_std": 0.0}, "noise_std positive"),
     ],
 )
 def test_bad_configurations_are_named_before_anything_is_written(tmp_path, changes, message):

@@ -105,6 +105,7 @@ def test_a_loss_at_the_end_equals_the_matrix_exponential():
         adjoint.raise_if_failed(found)
 
 
+@pytest.mark.slow
 def test_losses_at_several_times_and_along_the_path_equal_the_matrix_exponential():
     """L = sum_k w_k^T x(t_k) + integral of r (c^T x cos t + tr(A) / 10) dt, to 1e-8: of both, of either, and backwards.
 
@@ -419,6 +420,7 @@ def relaxing(t, x, args):
     return jnp.stack([-rate * jnp.tanh(x[0] - jnp.cos(t)), gain * x[0]])
 
 
+@pytest.mark.slow
 def test_a_field_that_contracts_drifts_and_gives_no_gradient():
     """Forwards the error at the end is 1e-6 or so; it comes back exp(rate) times as large until tanh saturates. With
     the limit that is NaN, or an error; without it a plausible number, whose error the drift announces: dL/dgain is the
@@ -447,6 +449,7 @@ def test_a_field_that_contracts_drifts_and_gives_no_gradient():
     assert float(fine.args[1]) == pytest.approx(float(fine.loss) / 2, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_path_that_drifts_is_nan():
     """As above, of the adjoint functions: at rate 40 the way back ends at x(0) = (-28.6, 21.9) instead of (1.5, 0).
 

@@ -23,6 +23,7 @@ def make(name):
     return net, jax.tree.unflatten(tree, drawn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", X)
 def test_every_label_has_its_own_row_and_gradient(name):
     """Four labels, "no label" among them, four fields; the gradient of one touches its row of the table alone."""

@@ -29,6 +29,7 @@ def z_score(values, expected):
 # ---------------------------------------------------------------------------------------------- 2-D densities
 
 
+@pytest.mark.slow
 def test_eight_gaussians_is_its_density():
     x = np.asarray(datasets.eight_gaussians(jax.random.key(1), NUM))
     products = np.stack([x[:, 0], x[:, 1], x[:, 0] ** 2, x[:, 1] ** 2, x[:, 0] * x[:, 1]], axis=1)
@@ -123,6 +124,7 @@ def test_scikit_learn_shapes(name):
     assert np.abs(z).max() < 4.5
 
 
+@pytest.mark.slow
 def test_samplers_are_pure_and_jit():
     for name, sample in datasets.TWO_D.items():
         one = jax.eval_shape(lambda key, sample=sample: sample(key, 3), jax.random.key(0))

@@ -124,6 +124,7 @@ def test_chains_are_those_of_the_papers():
     np.testing.assert_allclose(chain.betas[-1], 0.999)  # cosine(): alpha(1) = 0
 
 
+@pytest.mark.slow
 def test_a_chain_is_a_path_and_the_path_a_chain():
     """Its schedule passes through it: so a field of continuous time becomes a model of its steps."""
     chain, x = CHAINS["uneven"], jnp.asarray([0.3, -0.8])
@@ -197,6 +198,7 @@ def test_terms_are_divergences_and_their_coefficient_is_that_of_the_course(varia
         assert np.max(np.abs(term - course)) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", ["beta", "posterior"])
 def test_the_weighted_loss_is_the_bound_but_for_a_constant(variance):
     """Over two models the difference of ``bound_term`` is that of the loss with ``weights``, at every step; and the
@@ -360,6 +362,7 @@ def test_data_outside_the_bins_have_no_probability_to_report():
     assert np.isfinite(found[1]).all()
 
 
+@pytest.mark.slow
 def test_a_first_step_that_is_tiny_keeps_its_digits_in_float32():
     """Weights and a term of the bound of a chain whose first step is 1e-9 of the second: as in float64, to 1e-5."""
     betas, x, noise = [1e-9, 0.5, 0.5], jnp.asarray([0.3]), jnp.asarray([1.2])
@@ -372,6 +375,7 @@ def test_a_first_step_that_is_tiny_keeps_its_digits_in_float32():
     np.testing.assert_allclose(both(jnp.float32), both(jnp.float64), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_decoder_with_levels_is_a_distribution_and_the_bound_holds():
     """In one dimension, data at the middles of 5 bins. Masses sum to one for any x_0, also far outside; and for a model
     that is affine, the mass of every level, by a fine quadrature over the Gaussian x_0, is above the bound."""
@@ -497,6 +501,7 @@ def component_log_probs(density, x):
     )
 
 
+@pytest.mark.slow
 def test_the_chain_tends_to_the_vp_path_with_order_one():
     """betas_n = beta(t_n) / T for T = 100 .. 800. Errors fall in proportion to 1 / T, fitted orders within 0.1 of 1:
     of abar_n from the VP path's alpha^2; and of mean and covariance of ancestral samples of rotated Gaussian data,
@@ -529,6 +534,7 @@ def test_the_chain_tends_to_the_vp_path_with_order_one():
 # ------------------------------------------------------------------------------------------------ dtypes, bad input
 
 
+@pytest.mark.slow
 def test_float32_keeps_its_digits_and_its_dtype():
     """Coefficients of a float32 chain of 1,000 steps to 2e-5, also where 1 - abar is 1e-4: and no float64 appears."""
     exact, chain = ddpm.linear(1000), ddpm.linear(1000, dtype=jnp.float32)

@@ -44,6 +44,7 @@ def mnist(folder):
     return {"data": "mnist", "data_dir": str(folder)}
 
 
+@pytest.mark.slow
 def test_an_untrained_model_is_exact_for_pixels_of_any_level_alike():
     """eps = -sigma grad log p_n, p_n the product over pixels of a mixture of a Gaussian for each of 5 levels."""
     chain = ddpm.linear(100, 0.001, 0.2)

@@ -72,6 +72,7 @@ def test_samples_have_the_moments_and_the_labels():
     np.testing.assert_array_equal(again, x)
 
 
+@pytest.mark.slow
 def test_samples_of_a_component_are_its_gaussian():
     """Whitened by SciPy's own factor, the squared radii are chi-square: Kolmogorov-Smirnov, 3 tests at p > 1e-5."""
     density = mixture(2)
@@ -290,6 +291,7 @@ def test_class_probabilities_by_bayes():
         close(gradient, slope, name, 1e-10)
 
 
+@pytest.mark.slow
 def test_condition_keeps_the_components_of_the_class():
     conditioned = densities.condition(mixture(2), LABELS, 0)
     np.testing.assert_allclose(conditioned.weights, [2 / 7, 0.0, 5 / 7], rtol=1e-14)
@@ -304,6 +306,7 @@ def test_condition_keeps_the_components_of_the_class():
 # Dtypes and transformations
 
 
+@pytest.mark.slow
 def test_single_precision_stays_single_and_right():
     low, high = mixture(2, jnp.float32), mixture(2)
     xs, ts = points(2, dtype=jnp.float32), [0.0, 0.5, 1.0]

@@ -41,6 +41,7 @@ def test_exponents_and_crossing_points(script):
     assert script.crossing(sizes, sizes, [2 * m for m in sizes]) is None
 
 
+@pytest.mark.slow
 def test_every_way_gives_the_number_of_the_dense_jacobian(script):
     """Against NumPy in float64; Hutchinson's with the probes that are the unit vectors, one after the other."""
     m, width = 5, 3

@@ -114,7 +114,8 @@ def test_inverse_and_log_det(name, dim):
     assert np.abs(log_det).max() > 0.1
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "coupling" else [SLOW]) for name in NAMES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_the_density_integrates_to_one_and_has_the_gradient_of_differences(name):
     """The trapezoidal rule over the box around the image of |z| <= 6, outside of which 2e-8 of the mass can be; and the
     gradient of log p by params and x, along a random direction of each, against central differences."""
@@ -299,6 +300,7 @@ def test_dense_log_abs_det_against_closed_form():
     assert float(df.dense_log_abs_det(lambda y: jnp.full_like(y, jnp.sum(y)), y)[1]) == -np.inf
 
 
+@pytest.mark.slow
 def test_initial_flows_are_invertible_and_near_the_identity():
     x, key = jnp.asarray([0.5, -1.0, 2.0]), jax.random.key(0)
 
@@ -314,6 +316,7 @@ def test_initial_flows_are_invertible_and_near_the_identity():
     assert float(jnp.linalg.norm(turned)) == pytest.approx(float(jnp.linalg.norm(x)), abs=1e-14)
 
 
+@pytest.mark.slow
 def test_float32_stays_float32():
     """A composition of all kinds, against the same in float64: to 1e-4. No second compilation."""
     flow, params, z = examples("all", 5)

@@ -108,6 +108,7 @@ def test_linear_field_gradient_in_its_matrix():
     np.testing.assert_allclose(gradient, np.outer(e[0], e[0]), rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_chunks_bound_the_memory():
     """m = 784, chunks of 16: measured 1/40 (jax 0.12) to 1/70 (0.10) of ``exact``, for value and gradient."""
     m = 784
@@ -128,6 +129,7 @@ def test_chunks_bound_the_memory():
         assert chunked < whole / 25, (derivative, whole / chunked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["exact", "chunks of 7", "hutchinson"])
 def test_jit_vmap_while_loop_and_float32(name):
     x = jax.random.normal(jax.random.key(7), (3, 6), jnp.float32)

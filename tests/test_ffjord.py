@@ -35,9 +35,8 @@ def ffjord():
     del sys.modules["ffjord"]
 
 
-@pytest.mark.parametrize(
-    "adjoint", ["backsolve", *(pytest.param(a, marks=SLOW) for a in ("recursive_checkpoint", "direct"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("adjoint", ["backsolve", "recursive_checkpoint", "direct"])
 def test_loss_and_gradient_of_a_linear_flow_by_every_adjoint(ffjord, adjoint):
     """v = A x: log p(x) = log N(z; 0, I) - tr A, z = exp(-A) x; of |z|^2 / 2 the gradient is -L(-A^T, z x^T), L
     Frechet's derivative of exp, by SciPy."""

@@ -57,6 +57,7 @@ def test_log_prob_of_a_linear_flow_and_its_gradients(adjoint):
     assert_trees_all_close(solved, (exact_log_prob(A, X), exact_gradients(A, X)), atol=1e-8)
 
 
+@pytest.mark.slow
 def test_forward_mode_gradient_of_log_prob():
     forward = jax.jacfwd(lambda a: flows.log_prob(linear, X, a, adjoint=diffrax.ForwardMode(), **TIGHT))
     assert_trees_all_close(jax.jit(forward)(A), exact_gradients(A, X)[0], atol=1e-8)
@@ -75,6 +76,7 @@ def test_a_batch_in_one_solve_and_its_gradient(adjoint):
     assert_trees_all_close(jax.value_and_grad(solved)(A), (value, gradient), atol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_batch_reports_its_evaluations():
     batch = jax.random.normal(jax.random.key(0), (5, 3))
     log_p, nfe = flows.log_prob_batch(linear, batch, A, with_nfe=True, **TIMES)
@@ -84,6 +86,7 @@ def test_a_batch_reports_its_evaluations():
     assert (int(nfe) - 1) % 6 == 0  # Tsit5: six evaluations a step, and the first
 
 
+@pytest.mark.slow
 def test_probes_of_a_batch_are_each_examples_own():
     batch = jax.random.normal(jax.random.key(0), (4, 3))
     own = jax.vmap(lambda key: probes.rademacher(key, X, 2))(jax.random.split(jax.random.key(1), 4))
@@ -102,12 +105,14 @@ def test_sampling_is_the_inverse_and_has_its_density():
     assert_trees_all_close(log_p, exact_log_prob(A, x), atol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_generative_direction_is_the_same_function():
     """Base at 0 and data at 1, as in a continuous normalizing flow: the field of the other direction, turned."""
     value = flows.log_prob(lambda t, x, a: -a @ x, X, A, t_data=1.0, t_base=0.0, rtol=1e-10, atol=1e-10)
     assert_trees_all_close(value, exact_log_prob(A, X), atol=1e-8)
 
 
+@pytest.mark.slow
 def test_images_are_events_too():
     x = jax.random.normal(jax.random.key(0), (2, 3, 2))
     value = flows.log_prob(lambda t, x, a: a * x, x, jnp.asarray(0.4), **TIGHT)

@@ -80,6 +80,7 @@ def test_score_residuals_of_the_oracles():
         assert np.max(np.abs(values[:, :, 2])) > 1, name
 
 
+@pytest.mark.slow
 def test_residuals_rise_in_proportion_to_a_planted_error():
     """With log p + e sin(t) c.x, s + e c and v + e M x for the oracle's: closed forms, e from 1e-6 to 1."""
     density, c = mixture(2), jnp.asarray([0.6, -1.1])
@@ -125,6 +126,7 @@ WAVY = SDE(CURVED.drift, lambda t, x, args: 1 + 0.3 * jnp.sin(x[0] + 2 * x[1]))
 STRAIGHT = SDE(CURVED.drift, lambda t, x, args: 0.5 + t)
 
 
+@pytest.mark.slow
 def test_rhs_is_the_theorem_in_divergence_and_in_trace_form():
     """-div(f p) + 1/2 lap(g^2 p), and the trace of derivatives, both taken of p itself and not of log p.
 
@@ -224,7 +226,8 @@ def test_cost_and_derivative_of_a_residual():
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(mean), slopes, rtol=1e-7)
 
 
-@pytest.mark.parametrize("of_the_score", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("of_the_score", [False, True])
 def test_single_precision_in_single_precision_out(of_the_score):
     """Values too: within 1e-4 of those in double precision, of the largest on the points."""
 
@@ -374,6 +377,7 @@ def test_generator_is_the_right_side_to_second_order():
     np.testing.assert_allclose(np.log2(errors[0] / errors[1]), 2, atol=0.15)
 
 
+@pytest.mark.slow
 def test_evolution_keeps_mass_and_sign_or_fails_aloud():
     """Ornstein-Uhlenbeck near its closed form, mass to 1e-13, nowhere negative; NaN and a status where it breaks."""
     x = fp.cells(LINE)[:, 0]

@@ -30,6 +30,7 @@ def process(num, dim=2):
     return script.Process(grid, np.zeros(1), np.asarray(p)[None], None, {"sde": points[None]}, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bins", [20, 32])
 def test_bins_of_cells_and_of_points_are_the_same(bins):
     """Masses from the density and shares of 50,000 of its samples, with bins that divide the cells and that do not.

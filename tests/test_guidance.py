@@ -151,6 +151,7 @@ def test_the_first_steps_of_a_fine_chain_in_float32():
     np.testing.assert_allclose(np.asarray(found, np.float64)[:, 0], exact, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_ancestral_sampling_with_a_classifier_has_the_law_of_the_class():
     """Guided ancestral sampling in 1,000 steps at gamma = 1: nine moments of p(x | y), z-scores below 4.5.
 
@@ -211,6 +212,7 @@ def test_interval():
     np.testing.assert_allclose(pulls, [1.0, 3.0, 1.0], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_only_what_is_needed_is_evaluated():
     """Evaluations are counted where they happen, in a batch of three solved in 20 steps."""
     counts = {"conditional": 0, "unconditional": 0}
@@ -271,6 +273,7 @@ def measured(gamma, variance, schedule):
     return guidance.classifier(lambda t, x, args: -x, log_prob_y, gamma)
 
 
+@pytest.mark.slow
 def test_the_variance_that_the_probability_flow_samples():
     """One Gaussian: the flow is linear, and it multiplies variances by v^gamma, not 1 / (1 - gamma + gamma / v)."""
     v, schedule = 0.5, schedules.vp()
@@ -338,6 +341,7 @@ def tilted_moments(gammas):
     return jax.vmap(lambda gamma: jax.nn.softmax(joint + gamma * log_class) @ moments(grid))(gammas)
 
 
+@pytest.mark.slow
 def test_what_is_sampled_at_gamma_2_is_not_the_tilted_density():
     """5,000 samples by the exact scores, gamma 1 and 2, against p(x) p(y | x)^gamma by quadrature.
 

@@ -35,6 +35,7 @@ def tiny(folder, **changes):
     return script.Config(out=str(folder), **{**TINY, **changes})
 
 
+@pytest.mark.slow
 def test_rejection_draws_from_the_tilted_density():
     """Means of 4,000 draws against quadrature on the grid, z below 5 (false alarm 2e-6); gamma = 1 is p(x | y)."""
     mixture = script.plane()

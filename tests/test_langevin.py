@@ -145,6 +145,7 @@ def chains_on_the_mixture():
     return np.asarray(x0), info, plain
 
 
+@pytest.mark.slow
 def test_the_law_of_the_adjusted_chain_is_stationary(chains_on_the_mixture):
     """From exact draws of a rotated mixture: still exact draws after 30 steps.
 
@@ -172,6 +173,7 @@ def test_the_law_of_the_adjusted_chain_is_stationary(chains_on_the_mixture):
     assert np.mean(np.any(x != x0, axis=1)) > 0.99  # and the chains have moved
 
 
+@pytest.mark.slow
 def test_the_adjusted_kernel_is_in_detailed_balance(chains_on_the_mixture):
     """From x ~ p one step to y: (x, y) and (y, x) have one law, so antisymmetric functions average to zero.
 
@@ -220,6 +222,7 @@ def test_one_evaluation_of_the_log_density_a_step():
     assert len(calls) == 11
 
 
+@pytest.mark.slow
 def test_proposals_outside_the_support_are_rejected_and_counted():
     """The exponential density: -inf or NaN left of 0. From exact draws its mean and second moment, 1 and 2, stay.
 
@@ -293,6 +296,7 @@ def test_annealed_has_the_variance_of_its_recursion_and_denoising_shrinks_it():
     assert np.all(clean.var(0) < 0.9 * noisy.var(0))
 
 
+@pytest.mark.slow
 def test_effective_sample_size_of_autoregressions():
     """x_n = phi x_(n-1) + sqrt(1 - phi^2) eps has tau = (1 + phi) / (1 - phi); draws taken three times in a row have 3.
 
@@ -336,6 +340,7 @@ def test_effective_sample_size_sees_chains_that_disagree_and_states_that_do_not_
     assert np.isnan(found[2])
 
 
+@pytest.mark.slow
 def test_float32_stays_float32():
     """All three chains and the diagnostics; MALA's first two moments of N(1, 1) within 4 standard errors, a
     false alarm in 7,900."""
@@ -355,6 +360,7 @@ def test_float32_stays_float32():
     assert np.abs(z_scores(np.concatenate([x, (x - 1) ** 2], 1), 1.0)).max() < 4
 
 
+@pytest.mark.slow
 def test_what_a_tracer_hid_gives_no_number():
     """Step sizes that are not positive, and levels that do not fall, known only when the program runs: NaN."""
     bad = [jnp.nan, -1.0, 0.0, jnp.inf]

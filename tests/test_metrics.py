@@ -108,6 +108,7 @@ def test_sliced_wasserstein_of_shifted_gaussians():
     assert 0.90 < np.mean(np.abs(values - truth) < 2 * errors) < 0.99
 
 
+@slow
 def test_sliced_wasserstein_of_gaussians_of_two_sizes():
     """N(0, a^2 I) and N(0, b^2 I): |a - b|; at 10,000 samples within 4 standard errors, false alarm 6e-5."""
     x, y = draw(jax.random.key(3), 10_000, 8_000, d=3)
@@ -148,7 +149,8 @@ def test_value_is_the_mean_over_pairs(name):
     np.testing.assert_allclose(jax.jit(distance)(jnp.asarray(x), jnp.asarray(y))[0], expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["energy", pytest.param("mmd", marks=slow)])
+@slow
+@pytest.mark.parametrize("name", ["energy", "mmd"])
 def test_no_bias_and_no_false_alarm_where_the_distributions_agree(name):
     """2,000 draws of 40 against 60: the mean within 4 of its standard errors, false alarm 6e-5.
 
@@ -187,6 +189,7 @@ def test_permutation_test_keeps_its_level_and_has_power(name):
     assert np.min(moved) == pytest.approx(1 / 20)
 
 
+@slow
 def test_identical_samples():
     x, _ = draw(jax.random.key(8), 30, 1)
     everything = jax.jit(
@@ -203,6 +206,7 @@ def test_identical_samples():
         assert np.isfinite(error)
 
 
+@slow
 def test_far_from_the_origin_in_float32():
     """Two clouds of size 1 at 3e3: a distance by |a|^2 + |b|^2 - 2 a.b would be lost in rounding."""
     x, y = draw(jax.random.key(9), 300, 300, shift=SHIFT)
@@ -217,6 +221,7 @@ def test_float32_in_float32_out(name):
     assert {leaf.dtype for leaf in jax.eval_shape(CASES[name][0], x, x)} == {jnp.dtype(jnp.float32)}
 
 
+@slow
 def test_memory_of_ten_thousand_samples():
     """10,000 x 10,000 distances would be 400 MB; the metrics hold at most 32 MB, here in 64 dimensions."""
     x = jax.ShapeDtypeStruct((10_000, 64), jnp.float32)
@@ -264,6 +269,7 @@ def test_bits_of_a_uniform_density(levels):
         assert error < 1e-13
 
 
+@slow
 def test_bits_of_a_known_discrete_distribution():
     """Constant in each bin, log p costs the cross entropy of the integers exactly: here in two dimensions.
 
@@ -284,6 +290,7 @@ def test_bits_of_a_known_discrete_distribution():
     )
 
 
+@slow
 def test_bits_of_a_density_that_bends_inside_its_bins_are_an_upper_bound():
     """Density 2 x on [0, 1], two levels, data always the upper one: P = 3/4, and -log2 P is below the cost.
 

@@ -134,6 +134,7 @@ def law_on_the_line(start, steps):
     return law
 
 
+@pytest.mark.slow
 def test_annealed_gets_far_unequal_modes_right_and_plain_langevin_does_not():
     """With the exact score, from N(0, 8^2 I), 1,000 evaluations for each of 4,000 samples; 0.2 is in the smaller mode.
 

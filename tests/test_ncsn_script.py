@@ -39,6 +39,7 @@ def tiny(folder, **changes):
     return script.Config(out=str(folder / "run"), **{**TINY, **changes})
 
 
+@pytest.mark.slow
 def test_without_a_network_the_score_is_that_of_a_gaussian_and_its_loss_known():
     """With F = 0 on x_0 ~ N(0, std^2): the loss a dimension is std^2 / (std^2 + sigma^2) / 2, the mean over the levels.
 

@@ -31,6 +31,7 @@ def built(net, shape, seed=0):
     return networks.vector_field(net), randomised(jax.jit(net.init)(keys[1], t, x), keys[2]), t, x
 
 
+@pytest.mark.slow
 def test_mlp_is_the_network_with_time_appended_to_every_layer():
     field, params, t, x = built(networks.MLP(features=(5, 7), param_dtype=jnp.float64), (3,))
     h = np.asarray(x)
@@ -49,6 +50,7 @@ def test_any_matrix_initializer_serves_the_last_layer():
     assert float(jnp.abs(params["last_time"]).min()) > 0
 
 
+@pytest.mark.slow
 def test_residual_mlp_with_silenced_layers_passes_its_input_on():
     net = networks.MLP(features=(3, 3), residual=True, time_features=4, param_dtype=jnp.float64)
     field, params, t, x = built(net, (3,))
@@ -69,6 +71,7 @@ def test_sinusoidal_features_turn_at_their_frequencies():
         networks.sinusoidal_features(jnp.asarray(0.7), 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "shape"),
     [

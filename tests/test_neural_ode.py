@@ -28,6 +28,7 @@ def default_dtypes():
         yield
 
 
+@pytest.mark.slow
 def test_trajectories_are_observed_at_irregular_times_of_their_own():
     """The decay of the spiral is exact, |x(t)| = |x(0)| exp(-0.15 t), whatever its frequency; the noise is as asked."""
     config = neural_ode.Config(num_trajectories=200, noise=0.0, observed=5, num_times=8)

@@ -63,7 +63,7 @@ def blind(name, end):
     return lost | {("noise", "velocity"), ("v", "velocity")}
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.float64])
 def test_every_conversion_against_the_oracles(dtype):
     """Right inside; at the ends right where the source determines the target, and where not, plainly not finite."""
     tolerance = 1e-3 if dtype == jnp.float32 else 1e-8
@@ -81,6 +81,7 @@ def test_every_conversion_against_the_oracles(dtype):
                     np.testing.assert_allclose(value, expected, rtol=0, atol=tolerance * size, err_msg=about)
 
 
+@pytest.mark.slow
 def test_there_and_back_for_a_field_that_is_no_oracle():
     """Each pair of conversions is inverse to each other whatever the network says."""
 

@@ -293,6 +293,7 @@ def test_implicit_and_sliced_differ_from_explicit_by_the_known_constant_on_a_gri
     assert abs(found[1] - found[2]) > 0.1  # while the losses themselves differ
 
 
+@pytest.mark.slow
 def test_scalar_models_on_a_grid(plane):
     """The same for the gradient of a scalar model; node by node its loss is that of a Hessian written out."""
     nodes, weight, constant = plane

@@ -24,6 +24,7 @@ TINY = {"features": (8,), "num_steps": 4, "batch_size": 16, "measure_every": 2, 
         "num_valid": 50, "num_test": 50, "num_rounds": 1}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_true_score_is_told_from_that_of_noisy_data():
     """The model that is the score of data with noise 0.3 in place of that with any: its divergence from the score of
     the noisy data is 0 and from that of the data the bias of sigma, by trapezoids on the plane within 4 standard
@@ -55,7 +56,8 @@ def test_the_true_score_is_told_from_that_of_noisy_data():
     assert found["explicit"] == {"fisher": 0, "fisher_stderr": 0}
 
 
-@pytest.mark.parametrize("energy", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("energy", [False, True])
 def test_every_loss_has_its_minimum_at_the_true_score(energy):
     """The script's own batch losses of a times the true score: the expected gradient in a is (a - 1) E |s*|^2, with
     the weight sigma^2 and the score of noisy data for denoising; zero at a = 1, half of it at a = 1.5.

@@ -62,6 +62,7 @@ def test_the_scheme_over_given_increments_is_the_library_s():
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_closed_forms_of_the_solutions(kind):
     """Mean and variance against the moment equations m' = E f, V' = 2 Cov(f, x) + E g^2, solved by SciPy; the path
@@ -102,6 +103,7 @@ def test_moments_of_the_scheme_are_exact(kind):
     np.testing.assert_allclose(variance + mean**2, square, rtol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "strong"), [("multiplicative", 0.5), ("additive", 1.0)])
 def test_strong_and_weak_order_of_euler_maruyama(orders, kind, strong):
     """Slopes of log error against log step, 2^-5 to 2^-8.
@@ -120,6 +122,7 @@ def test_strong_and_weak_order_of_euler_maruyama(orders, kind, strong):
         assert found[f"weak_error_{phi}"][-1] > 1e-5  # a difference, not rounding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_paths_agree_with_every_closed_form(orders, kind):
     """E|x_h - x|^2 for each of four steps, and both moments of scheme and solution: 2,000 paths, 22 z-scores below

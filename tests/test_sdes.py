@@ -87,6 +87,7 @@ def test_ornstein_uhlenbeck_moments_against_the_moment_equations():
     np.testing.assert_allclose(end[2:].reshape(2, 2), np.diag(variance), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_ornstein_uhlenbeck_and_its_reverse_by_kolmogorov_fokker_planck():
     """With a diagonal diffusion too, and started from a Gaussian that is not aligned with the axes."""
     start, rate = jnp.asarray([[1.0, 0.6], [0.6, 0.8]]), RATE

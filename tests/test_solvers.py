@@ -52,6 +52,7 @@ def test_linear_field_and_its_gradients_equal_the_matrix_exponential(adjoint):
     chex.assert_trees_all_close(gradients, (in_matrix, expm(1.3 * a).T @ weights), atol=1e-8)
 
 
+@pytest.mark.slow
 def test_forward_mode_gradient_equals_the_matrix_exponential():
     solved = jax.jacfwd(lambda a: solvers.odeint(linear, X0, a, t0=0.0, t1=1.0, adjoint=diffrax.ForwardMode(), **TIGHT))
     basis = np.eye(9).reshape(9, 3, 3)
@@ -80,6 +81,7 @@ def test_backwards_in_time_and_saved_times():
     assert float(solution.t) == 0.2
 
 
+@pytest.mark.slow
 def test_a_failure_before_the_first_saved_time_keeps_its_cause():
     solution = solvers.solve_ode(decay, X0, t0=0.0, t1=1.0, ts=jnp.array([0.9]), max_steps=2, throw=False)
     assert int(solution.status) == solvers.MAX_STEPS
@@ -89,12 +91,14 @@ def test_a_failure_before_the_first_saved_time_keeps_its_cause():
     assert jnp.all(jnp.isnan(solution.xs))
 
 
+@pytest.mark.slow
 def test_pytree_state():
     state = {"x": X0, "y": (jnp.asarray(2.0),)}
     solved = solvers.odeint(lambda t, s, a: {"x": a @ s["x"], "y": (-s["y"][0],)}, state, A, t0=0.0, t1=1.0, **TIGHT)
     chex.assert_trees_all_close(solved, {"x": expm(np.asarray(A)) @ X0, "y": (2.0 * jnp.exp(-1.0),)}, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_float32_stays_float32():
     solution = solvers.solve_ode(linear, X0.astype(jnp.float32), A.astype(jnp.float32), t0=0, t1=1)
     assert solution.x.dtype == jnp.float32
@@ -108,7 +112,7 @@ def test_float32_stays_float32():
         pytest.param(diffrax.Dopri8(), {}, marks=slow),
         pytest.param(diffrax.Heun(), {}, marks=slow),
         pytest.param(diffrax.Bosh3(), {}, marks=slow),
-        (diffrax.Euler(), {"stepsize_controller": diffrax.ConstantStepSize(), "dt0": 0.125}),
+        pytest.param(diffrax.Euler(), {"stepsize_controller": diffrax.ConstantStepSize(), "dt0": 0.125}, marks=slow),
         (diffrax.ReversibleHeun(), {"stepsize_controller": diffrax.ConstantStepSize(), "dt0": 0.125}),
     ],
     ids=lambda value: type(value).__name__,
@@ -129,6 +133,7 @@ def test_reported_evaluations_equal_counted_ones(solver, steps):
     assert int(solution.nfe) == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("solver", "order"), [(diffrax.Euler(), 1), (diffrax.Heun(), 2), (diffrax.Tsit5(), 5)])
 def test_order_of_convergence(solver, order):
     """The slope of log error against log step, within 0.2 of theory."""
@@ -288,7 +293,9 @@ SDE_SOLVES = {
 }
 
 
-@pytest.mark.parametrize("solve", [pytest.param("sdeint, adaptive", marks=slow), "euler_maruyama", "sdeint"])
+@pytest.mark.parametrize(
+    "solve", [*(pytest.param(name, marks=slow) for name in ("sdeint, adaptive", "sdeint")), "euler_maruyama"]
+)
 @pytest.mark.parametrize(("t0", "t1"), [(0.0, 1.0), (1.0, 0.0)])
 def test_moments_of_an_ornstein_uhlenbeck_process(solve, t0, t1):
     """Mean and variance of 4,000 paths within 4.5 standard errors and the step's bias of at most 1 per cent.
@@ -381,6 +388,7 @@ def test_bad_input_of_sde_solvers(solve, kwargs, error, message):
         solve(given.pop("key"), given.pop("sde"), given.pop("x0"), t0=0.0, t1=1.0, **given)
 
 
+@pytest.mark.slow
 def test_uniformization_is_the_exponential_of_a_rate_matrix():
     """exp(A) p to rounding, stiff too, mass and sign kept; order 2 where A changes in time; differentiable forwards."""
     rates = np.random.default_rng(5).uniform(size=(2, 6, 6))
@@ -433,6 +441,7 @@ def test_a_time_that_is_not_finite_gives_no_number():
     assert np.isnan(solution.xs[1:]).all()
 
 
+@pytest.mark.slow
 def test_a_start_that_is_nan_is_told_with_saved_times_too():
     """In a compiled batch: the element beside it is solved, x(t) = x0 exp(-t), and of itself nothing is left."""
     x0 = jnp.asarray([[1.0, 2.0], [jnp.nan, 1.0]])

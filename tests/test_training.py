@@ -71,6 +71,7 @@ def test_the_average_is_right_after_many_steps_in_float32():
     np.testing.assert_allclose(state.ema, [3.0], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("clip", "moved"), [(1.0, 0.1), (100.0, 0.5), (None, 0.5)])
 def test_gradients_are_cut_to_the_norm(clip, moved):
     # Gradient (3, 4), length 5. What reaches Adam is its first moment over 1 - b1: length 5, or the clip.

@@ -2,6 +2,8 @@
 
 A session has a folder for what XLA compiles, which its workers and the programs that tests start share: a program is
 compiled once. It is empty at first and gone at the end, unless ``JAX_COMPILATION_CACHE_DIR`` names another.
+
+LLVM compiles with few optimisations, unless ``XLA_FLAGS`` says otherwise: most programs here run once.
 """
 
 import atexit
@@ -15,6 +17,8 @@ if CACHE not in os.environ:
     os.environ[CACHE] = tempfile.mkdtemp(prefix="dgm_jax_tests_")
     atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
 SECONDS = float(os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1"))
+
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 import jax  # noqa: E402
 

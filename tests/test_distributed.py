@@ -81,7 +81,7 @@ def main(argv):
 
 def launch(*argv, devices=1):
     """Starts this file as a program on so many simulated devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, __file__, *map(str, argv)],

@@ -156,12 +156,10 @@ def test_a_table_keeps_its_best_average(ffjord, tmp_path, monkeypatch):
 
 
 @SLOW
-@pytest.mark.parametrize("data", ["eight_gaussians", "table.npy"])
-def test_killed_run_ends_with_the_same_bits(ffjord, tmp_path, monkeypatch, data):
-    """SIGKILL at some step after the fortieth; then resume."""
-    if data == "table.npy":
-        data = str(tmp_path / data)
-        np.save(data, np.random.Generator(np.random.PCG64(2)).normal(size=(100, 2)))
+def test_killed_run_ends_with_the_same_bits(ffjord, tmp_path, monkeypatch):
+    """SIGKILL at some step after the fortieth; then resume. A table, whose best average is part of the state too."""
+    data = str(tmp_path / "table.npy")
+    np.save(data, np.random.Generator(np.random.PCG64(2)).normal(size=(100, 2)))
     ended = record(monkeypatch, ffjord)
     options = TINY | {"data": data, "num_steps": 400, "checkpoint_every": 40}
     whole = ffjord.main(ffjord.Config(out=str(tmp_path / "whole"), **options))

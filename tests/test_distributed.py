@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -83,20 +84,22 @@ def launch(*argv, devices=1):
     """Starts this file as a program on so many simulated devices."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(
-        [sys.executable, __file__, *map(str, argv)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
+    # not a pipe: a full one would stop a process, and those that wait for it
+    output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    command = [sys.executable, __file__, *map(str, argv)]
+    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment), output
 
 
-def result(process):
+def result(launched):
+    process, file = launched
     try:
-        output, _ = process.communicate(timeout=400)
+        process.wait(timeout=400)
     finally:
         process.kill()
+        process.wait()
+    with file:
+        file.seek(0)
+        output = file.read()
     lines = [line for line in output.splitlines() if line.startswith("RESULT")]
     assert process.returncode == 0, output
     return json.loads(lines[-1].removeprefix("RESULT"))
@@ -116,7 +119,7 @@ def test_one_device_eight_devices_and_two_processes_have_the_same_losses():
     try:
         together = [result(process) for process in pair]
     finally:
-        for process in pair:
+        for process, _ in pair:
             process.kill()
     for name in STEPS:
         compare(name, *(run[name] for run in (*alone, *together)))

@@ -168,14 +168,16 @@ def test_killed_run_ends_with_the_same_bits(ffjord, tmp_path, monkeypatch):
     flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, str(SCRIPT), "--out", str(out), *flags]
     strict = {"JAX_ENABLE_X64": "1", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
-    process = subprocess.Popen(command, env=os.environ | strict, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 300
-    while not (out / "checkpoints" / "00000040.sha256.json").exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
+    log = tmp_path / "stderr.txt"  # a file: a pipe that nobody reads is full sooner or later, and stops the program
+    with log.open("w") as errors, subprocess.Popen(command, env=os.environ | strict, stderr=errors) as process:
+        try:
+            deadline = time.monotonic() + 300
+            while not (out / "checkpoints" / "00000040.sha256.json").exists():
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.01)
+        finally:
+            process.kill()
     assert process.returncode == -signal.SIGKILL
     assert not (out / "metrics.json").exists()
 

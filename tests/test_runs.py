@@ -1,5 +1,6 @@
 """A run that was killed ends with the same bits; a damaged checkpoint is noticed; errors say what to do."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -135,14 +136,16 @@ def test_killed_run_ends_with_the_same_bits(script, whole, tmp_path, capfd):
     """SIGKILL, which no handler sees, at some step after the tenth; then --resume."""
     out = tmp_path / "run"
     command = [sys.executable, script.__file__, "--out", str(out), "--pause", "0.05"]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (out / "checkpoints" / "00000010.sha256.json").exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
+    log = tmp_path / "stderr.txt"  # a file: a pipe that nobody reads is full sooner or later, and stops the program
+    with log.open("w") as errors, subprocess.Popen(command, env=environment(), stderr=errors) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (out / "checkpoints" / "00000010.sha256.json").exists():
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.01)
+        finally:
+            process.kill()
     assert process.returncode == -signal.SIGKILL
     assert not (out / "metrics.json").exists()
 
@@ -212,18 +215,19 @@ def test_two_processes_resume(script, whole, tmp_path):
             port = free.getsockname()[1]
         command = [sys.executable, script.__file__, "--out", str(tmp_path / "run"), *options]
         shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
-        both = [
-            subprocess.Popen(
-                command, env=environment(JAX_PROCESS_ID=str(i), **shared), stderr=subprocess.PIPE, text=True
-            )
-            for i in range(2)
-        ]
-        try:
-            said = [process.communicate(timeout=240)[1] for process in both]
-        finally:
-            for process in both:
-                process.kill()
-        assert [process.returncode for process in both] == [0, 0], said
+        logs = [tmp_path / f"stderr{i}.txt" for i in range(2)]  # files: each may have to wait for the other
+        with contextlib.ExitStack() as stack:
+            both = []
+            for i, log in enumerate(logs):
+                own = {
+                    "env": environment(JAX_PROCESS_ID=str(i), **shared),
+                    "stderr": stack.enter_context(log.open("w")),
+                }
+                both.append(stack.enter_context(subprocess.Popen(command, **own)))
+                stack.callback(both[-1].kill)
+            codes = [process.wait(timeout=240) for process in both]
+        said = [log.read_text() for log in logs]
+        assert codes == [0, 0], said
         return said
 
     go()

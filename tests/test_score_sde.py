@@ -172,27 +172,31 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     for name in ("features", "channels"):
         arguments += [f"--{name}", *map(str, TINY[name])]
 
+    log = tmp_path / "stderr.txt"  # a file: a pipe that nobody reads is full sooner or later, and stops the program
+
     def start(*more):
         command = [sys.executable, SCRIPT, *arguments, *more]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        with log.open("w") as errors:
+            return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
 
     killed = Path(config.out)
-    process = start("--out", killed)
-    deadline = time.monotonic() + 300
-    while len(list(killed.glob("checkpoints/*.sha256.json"))) < 2:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with start("--out", killed) as process:
+        try:
+            deadline = time.monotonic() + 300
+            while len(list(killed.glob("checkpoints/*.sha256.json"))) < 2:
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.02)
+        finally:
+            process.send_signal(signal.SIGKILL)
     assert not (killed / "checkpoints" / "00000600").exists(), "training was over before it was killed"
 
     whole = tmp_path / "whole"
     for more in (["--out", killed, "--resume"], ["--out", whole]):
-        process = start(*more)
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-        assert ("resumed" in errors) == ("--resume" in more)
+        with start(*more) as process:
+            code = process.wait()
+        assert code == 0, log.read_text()
+        assert ("resumed" in log.read_text()) == ("--resume" in more)
 
     def last(folder):
         run = runs.open_run(dataclasses.replace(config, out=str(folder), resume=True), may_differ=score_sde.MEASURING)

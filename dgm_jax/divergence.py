@@ -1,61 +1,87 @@
 """The divergence div f(x) = sum_i df_i/dx_i = tr J(x), J the Jacobian, always together with f(x).
 
-Every function linearises f once, which gives f(x) and the map e -> J e, and applies that map to a batch
-of vectors. With m entries in x and k probes:
+Every function evaluates f once, which gives f(x) and the map e -> J^T e of reverse mode, and applies that map to
+vectors: a quadratic form is the same from either side, e^T (J e) = (e^T J) e. With m entries in x and k probes:
 
-    method            products J e      memory         error
-    exact             m                 m activations  none
-    exact_in_chunks   m                 size           none
-    hutchinson        k                 k              standard deviation ~ 1 / sqrt(k)
+    method            products e^T J    activations in memory, times f's  error
+    exact             m                 up to 16                          none
+    exact_in_chunks   m                 ``size``                          none
+    hutchinson        k                 k, or fewer where m is large      standard deviation ~ 1 / sqrt(k)
 
-All of them can be differentiated in reverse and run inside ``jax.lax.while_loop``.
+One product costs about one evaluation of f, and of many taken at once each costs less: a fifth to a half of one for
+unit vectors. How many are taken at once is a matter of the processor's cache, which should hold them, under
+``jax.vmap`` those of the whole batch; the rest follow in a loop.
+
+All of them can be differentiated in reverse and forward, and run inside ``jax.lax.while_loop``. In reverse, the loop
+keeps nothing of its blocks and computes each again.
+
+Where f has no reverse mode, as with a ``jax.lax.while_loop`` in it, ``mode="forward"`` takes the products J e instead::
+
+    forward = partial(divergence.exact, mode="forward")         # make it once: each new one compiles anew
+    flows.log_prob(velocity, x, args, divergence=forward, ...)
+
+For the value alone the two modes cost the same. Reverse is the default because of what training pays: over forward
+mode the gradient of a loss with the divergence in it took 1.1 to 2.7 times as long (tanh networks of 2 times 64 or 512
+units, 16 probes or all rows, on two CPU cores), and the same with one probe.
 """
 
 import operator
 from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.extend as jex
 import jax.numpy as jnp
 
+from dgm_jax import _blocks
 from dgm_jax._checks import floating, probes_for
 from dgm_jax.types import Array, Divergence
 
 __all__ = ["exact", "exact_in_chunks", "hutchinson", "laplacian", "quadratic_forms"]
 
 
-def exact(f: Callable[[Array], Array], x: Array, probes: Array | None = None) -> tuple[Array, Array]:
-    """Compute f(x) and its divergence from all m columns of the Jacobian at once.
+def exact(
+    f: Callable[[Array], Array],
+    x: Array,
+    probes: Array | None = None,
+    *,
+    mode: Literal["reverse", "forward"] = "reverse",
+) -> tuple[Array, Array]:
+    """Compute f(x) and its divergence from the diagonal of the Jacobian, all m entries of it.
 
     div f(x) = sum_i e_i^T J e_i, e_i the unit vectors.
 
-    From m of about 1,000 on the columns no longer fit a processor's cache, and ``exact_in_chunks`` is faster: 14 times
-    at m = 4,096 for the field of benchmarks/determinant_and_trace.py.
+    Up to m = 16 they are taken all at once, and beyond in blocks of 4 to 16, so that neither the memory of the value
+    nor that of its derivative grows with m^2. ``exact_in_chunks`` sets the block by hand.
 
     Args:
         f: ``[*event] -> [*event]``.
         x: one example ``[*event]``.
         probes: not used; there so that every divergence is called alike.
+        mode: "reverse" for products e^T J, "forward" for J e: where f has no reverse mode.
 
     Returns:
         f(x) ``[*event]`` and div f(x) ``[]``.
 
     Raises:
         TypeError: ``x`` not of floats, or f(x) of another dtype.
-        ValueError: f(x) of another shape.
+        ValueError: f(x) of another shape, or an unknown ``mode``.
     """
-    value, push = _linearize(f, x)
-    return value, _trace(push, value)
+    value, product = _products(f, x, mode)
+    return value, _trace(product, value, _blocks.most(x.size))
 
 
-def exact_in_chunks(size: int) -> Divergence:
-    """Make an exact divergence that holds only ``size`` columns of the Jacobian at a time.
+def exact_in_chunks(size: int, *, mode: Literal["reverse", "forward"] = "reverse") -> Divergence:
+    """Make an exact divergence that holds only ``size`` rows of the Jacobian at a time.
 
     The unit vectors come from their indices and one chunk follows another, in the derivative too, so
     memory grows with ``size`` and not with m.
 
     Args:
-        size: columns in a chunk, at least 1; it need not divide m. Larger is faster while the columns fit the
+        size: rows in a chunk, at least 1; it need not divide m. Larger is faster while the rows fit the
             processor's cache.
+        mode: as in ``exact``.
 
     Returns:
         A divergence, called as ``exact`` is.
@@ -72,27 +98,26 @@ def exact_in_chunks(size: int) -> Divergence:
         raise ValueError(f"size must be at least 1, got {size}.")
 
     def divergence(f: Callable[[Array], Array], x: Array, probes: Array | None = None) -> tuple[Array, Array]:
-        value, push = _linearize(f, x)
-        indices = jnp.arange(value.size)
-
-        def diagonal_entry(i: Array) -> Array:
-            unit = (indices == i).astype(value.dtype).reshape(value.shape)
-            return push(unit).reshape(-1)[i]
-
-        # without checkpoint, the derivative would keep what every chunk computed
-        entry = jax.checkpoint(diagonal_entry, prevent_cse=False)
-        return value, jnp.sum(jax.lax.map(entry, indices, batch_size=min(size, value.size)))
+        value, product = _products(f, x, mode)
+        return value, _trace(product, value, size)
 
     return divergence
 
 
-def quadratic_forms(f: Callable[[Array], Array], x: Array, probes: Array | None) -> tuple[Array, Array]:
+def quadratic_forms(
+    f: Callable[[Array], Array],
+    x: Array,
+    probes: Array | None,
+    *,
+    mode: Literal["reverse", "forward"] = "reverse",
+) -> tuple[Array, Array]:
     """Compute f(x) and e^T J e for every probe e: unbiased estimates of the divergence, one a probe.
 
     Args:
         f: ``[*event] -> [*event]``.
         x: one example ``[*event]``.
         probes: ``[num, *event]`` with identity covariance, from ``dgm_jax.probes``.
+        mode: as in ``exact``.
 
     Returns:
         f(x) ``[*event]`` and the estimates ``[num]``. With independent probes, their standard deviation
@@ -100,18 +125,43 @@ def quadratic_forms(f: Callable[[Array], Array], x: Array, probes: Array | None)
 
     Raises:
         TypeError: ``x`` not of floats, or f(x) or ``probes`` of another dtype.
-        ValueError: f(x) of another shape, ``probes`` None or of the wrong shape.
+        ValueError: f(x) of another shape, ``probes`` None or of the wrong shape, or an unknown ``mode``.
 
     Source: Hutchinson (1990), "A stochastic estimator of the trace of the influence matrix for
     Laplacian smoothing splines", section 2.
     """
     x = floating("x", x)
     probes = probes_for(x, probes)
-    value, push = _linearize(f, x)
-    return value, jnp.sum(probes * jax.vmap(push)(probes), axis=tuple(range(1, probes.ndim)))
+    value, product = _products(f, x, mode)
+
+    def form(e: Array) -> Array:
+        return jnp.sum(e * product(e))
+
+    num = probes.shape[0]
+    if num == 1:
+        return value, form(probes[0])[None]
+    size = _blocks.even(num, max(1, _ENTRIES // max(x.size, 1)))
+    if size == num:
+        return value, jax.vmap(form)(probes)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def block(start: Array) -> Array:  # cut out here: as an input of the loop, the probes would be copied
+        return jax.vmap(form)(jax.lax.dynamic_slice_in_dim(probes, start, size))
+
+    whole = num // size
+    forms = jax.lax.map(block, size * jnp.arange(whole)).reshape(-1)
+    if whole * size < num:
+        forms = jnp.concatenate([forms, jax.vmap(form)(probes[whole * size :])])
+    return value, forms
 
 
-def hutchinson(f: Callable[[Array], Array], x: Array, probes: Array | None) -> tuple[Array, Array]:
+def hutchinson(
+    f: Callable[[Array], Array],
+    x: Array,
+    probes: Array | None,
+    *,
+    mode: Literal["reverse", "forward"] = "reverse",
+) -> tuple[Array, Array]:
     """Compute f(x) and Hutchinson's unbiased estimate of its divergence.
 
     div f(x) ~ 1/num sum_k e_k^T J e_k.
@@ -121,28 +171,38 @@ def hutchinson(f: Callable[[Array], Array], x: Array, probes: Array | None) -> t
         x: one example ``[*event]``.
         probes: ``[num, *event]`` with identity covariance, from ``dgm_jax.probes``. Keep them fixed for
             a whole ODE solve, so that the field is one ODE.
+        mode: as in ``exact``.
 
     Returns:
         f(x) ``[*event]`` and the estimate ``[]``.
 
     Raises:
         TypeError: ``x`` not of floats, or f(x) or ``probes`` of another dtype.
-        ValueError: f(x) of another shape, ``probes`` None or of the wrong shape.
+        ValueError: f(x) of another shape, ``probes`` None or of the wrong shape, or an unknown ``mode``.
 
     Source: Grathwohl et al. (2019), "FFJORD: Free-form continuous dynamics for scalable reversible
     generative models", section 3.1.
     """
-    value, estimates = quadratic_forms(f, x, probes)
+    value, estimates = quadratic_forms(f, x, probes, mode=mode)
     return value, jnp.mean(estimates)
 
 
 def laplacian(u: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
-    """Compute u(x) and its Laplacian, the divergence of its gradient.
+    """Compute u(x) and its Laplacian, the divergence of its gradient, in forward mode alone.
 
     lap u(x) = sum_i d^2 u / dx_i^2.
 
+    Each operation y = p(a) of u passes on its derivative along each of the unit vectors, and once for all of them the
+    sum of their second derivatives,
+
+        y_i = p'(a) a_i,    lap y = p'(a) lap a + sum_i p''(a)[a_i, a_i].
+
+    So a matrix product costs one more for each direction, where the divergence of the gradient takes two. The
+    directions go through u in blocks of up to 8, which leave the last sum behind at each operation.
+
     Args:
-        u: ``[*event] -> []``.
+        u: ``[*event] -> []``. Where it has no forward mode, take ``exact(jax.grad(u), x)``; a dense network with fewer
+            units than dimensions knows better, see ``networks.energy``.
         x: one example ``[*event]``.
 
     Returns:
@@ -151,38 +211,56 @@ def laplacian(u: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
     Raises:
         TypeError: ``x`` not of floats, or u(x) of another dtype.
         ValueError: u(x) not a scalar.
+
+    Source: Li et al. (2024), "A computational framework for neural network-based variational Monte Carlo with Forward
+    Laplacian", equations 5 to 7.
     """
     x = floating("x", x)
+    program, out = jax.make_jaxpr(u, return_shape=True)(x)
+    if jnp.shape(out) != ():
+        raise ValueError(
+            f"u must return a scalar [], got shape {jnp.shape(out)} for x of shape {x.shape}: "
+            "sum what it returns, or use jax.vmap if x is a batch."
+        )
+    _same_dtype("u", out, x)
+    tape: list[_Step] = []
+    (y,) = _record(tape, program.jaxpr, program.consts, [_Moving(x)])
+    if not isinstance(y, _Moving):
+        return y, jnp.zeros_like(y)
 
-    def scalar(y: Array) -> Array:
-        value = u(y)
-        if jnp.shape(value) != ():
-            raise ValueError(
-                f"u must return a scalar [], got shape {jnp.shape(value)} for x of shape {jnp.shape(y)}: "
-                "sum what it returns, or use jax.vmap if x is a batch."
-            )
-        _same_dtype("u", value, y)
-        return value
+    def curvatures(units: Array, _: Array) -> list[Any]:
+        along, found = {0: units}, []
+        for step in tape:
+            first, curvature = step.push([along[slot] for slot in step.inputs])
+            along.update(zip(step.outputs, first, strict=True))
+            found.append(curvature)
+        return found
 
-    def gradient(y: Array) -> tuple[Array, Array]:
-        value, grad = jax.value_and_grad(scalar)(y)
-        return grad, value
+    laplacians: dict[int, Any] = {0: None}
+    for step, curvature in zip(tape, _blocks.over_units(curvatures, x, _DIRECTIONS), strict=True):
+        laplacians.update(
+            zip(step.outputs, step.sum([laplacians[slot] for slot in step.inputs], curvature), strict=True)
+        )
+    lap = laplacians[y.slot]
+    return y.value, jnp.zeros_like(y.value) if lap is None else lap
 
-    grad, push, value = jax.linearize(gradient, x, has_aux=True)
-    return value, _trace(push, grad)
 
-
-def _linearize(f: Callable[[Array], Array], x: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """f(x) and the map e -> J e."""
+def _products(f: Callable[[Array], Array], x: Array, mode: str) -> tuple[Array, Callable[[Array], Array]]:
+    """f(x) and the map e -> J^T e, or e -> J e in forward mode."""
     x = floating("x", x)
-    value, push = jax.linearize(f, x)
+    if mode == "reverse":
+        value, pull = jax.vjp(f, x)
+    elif mode == "forward":
+        value, push = jax.linearize(f, x)
+    else:
+        raise ValueError(f'mode must be "reverse" or "forward", got {mode!r}.')
     if jnp.shape(value) != x.shape:
         raise ValueError(
             f"f must keep the shape of x, got {jnp.shape(value)} for x of shape {x.shape}: "
             "a divergence is of a map from a space to itself."
         )
     _same_dtype("f", value, x)
-    return value, push
+    return value, push if mode == "forward" else lambda e: pull(e)[0]
 
 
 def _same_dtype(name: str, value: Array, x: Array) -> None:
@@ -193,8 +271,160 @@ def _same_dtype(name: str, value: Array, x: Array) -> None:
         )
 
 
-def _trace(push: Callable[[Array], Array], like: Array) -> Array:
-    """The trace of a linear map of arrays of the shape of ``like``, by its whole matrix."""
-    m = like.size
-    basis = jnp.eye(m, dtype=like.dtype).reshape(m, *like.shape)
-    return jnp.trace(jax.vmap(push)(basis).reshape(m, m))
+def _trace(product: Callable[[Array], Array], like: Array, most: int) -> Array:
+    """The trace of a linear map of arrays of the shape of ``like``, ``most`` unit vectors at a time."""
+
+    def diagonal(units: Array, indices: Array) -> Array:
+        def entry(unit: Array, i: Array) -> Array:
+            return product(unit).reshape(-1).at[i].get(mode="fill", fill_value=0)
+
+        return jnp.sum(jax.vmap(entry)(units, indices))
+
+    return _blocks.over_units(diagonal, like, most)
+
+
+_ENTRIES = 8192
+"""Numbers in a block of probes, about. Together with those of a batch of 512, more leave the cache, and take twice as
+long."""
+
+_DIRECTIONS = 8
+"""Unit vectors in a block of ``laplacian``, at most."""
+
+_LINEAR = {
+    "add", "add_any", "sub", "neg", "reduce_sum", "cumsum", "broadcast_in_dim", "reshape", "transpose", "squeeze",
+    "expand_dims", "slice", "concatenate", "pad", "rev", "copy", "copy_p", "convert_element_type",
+}  # fmt: skip
+"""Operations that are linear in all their arrays together."""
+
+_LINEAR_IN_ONE = {"mul", "dot_general", "conv_general_dilated"}
+"""Operations that are linear in each array by itself."""
+
+_LINEAR_IN_FIRST = {"div", "gather", "dynamic_slice"}
+"""Operations that are linear in their first array."""
+
+_ENTRYWISE = {
+    "asinh", "atan", "cos", "cosh", "erf", "erfc", "exp", "exp2", "expm1", "integer_pow", "log", "log1p", "logistic",
+    "rsqrt", "sin", "sinh", "sqrt", "square", "tan", "tanh",
+}  # fmt: skip
+"""Operations on each number of one array."""
+
+_INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "checkpoint": "jaxpr"}
+"""Calls of a program that are as good as the program itself, and where they hold it."""
+
+
+class _Moving(NamedTuple):
+    """A value that depends on x, and the number by which the tape knows it."""
+
+    value: Array
+    slot: int = 0
+
+
+class _Step(NamedTuple):
+    """One operation between moving values.
+
+    Attributes:
+        operation: of the moving arrays alone, to a list of arrays.
+        primals: those arrays.
+        inputs: their slots.
+        outputs: the slots of what it makes.
+        kind: "linear", "entrywise" or "".
+    """
+
+    operation: Callable[..., list[Array]]
+    primals: tuple[Array, ...]
+    inputs: list[int]
+    outputs: list[int]
+    kind: str
+
+    def push(self, along: list[Array]) -> tuple[list[Array], Any]:
+        """From a_i ``[directions, ...]`` of each input y_i of each output, and what ``sum`` needs of all directions."""
+
+        def first(*at: Array, e: tuple[Array, ...]) -> list[Array]:
+            return jax.jvp(self.operation, at, e)[1]
+
+        def both(*e: Array) -> Any:
+            if self.kind:
+                return first(*self.primals, e=e), None
+            return jax.jvp(partial(first, e=e), self.primals, e)
+
+        firsts, seconds = jax.vmap(both)(*along)
+        if self.kind == "entrywise":
+            return firsts, jnp.sum(jnp.square(along[0]), axis=0)
+        return firsts, None if self.kind else [jnp.sum(second, axis=0) for second in seconds]
+
+    def sum(self, laplacians: list[Any], curvature: Any) -> list[Any]:
+        """The Laplacian of each output from those of the inputs, with ``None`` for zero."""
+        if self.kind == "entrywise":
+            one = (jnp.ones_like(self.primals[0]),)
+            second = jax.jvp(lambda a: jax.jvp(self.operation, (a,), one)[1], self.primals, one)[1]
+            curvature = [second[0] * curvature]
+        if all(each is None for each in laplacians):
+            return [None] * len(self.outputs) if curvature is None else curvature
+        before = (
+            jnp.zeros_like(value) if each is None else each
+            for value, each in zip(self.primals, laplacians, strict=True)
+        )
+        passed = jax.jvp(self.operation, self.primals, tuple(before))[1]
+        return passed if curvature is None else [a + b for a, b in zip(passed, curvature, strict=True)]
+
+
+def _record(tape: list[_Step], program: Any, consts: Any, inputs: list[Any]) -> list[Any]:
+    """Evaluate a jaxpr, and write on the tape what it does to moving values."""
+    known: dict[Any, Any] = {}
+    known.update(zip(program.constvars, consts, strict=True))
+    known.update(zip(program.invars, inputs, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex.core.Literal) else known[atom]
+
+    for equation in program.eqns:
+        operands = [read(atom) for atom in equation.invars]
+        inner = equation.params.get(_INLINED.get(equation.primitive.name, ""))
+        if inner is None or not any(isinstance(operand, _Moving) for operand in operands):
+            results = _record_one(tape, equation, operands)
+        elif hasattr(inner, "consts"):
+            results = _record(tape, inner.jaxpr, inner.consts, operands)
+        else:
+            results = _record(tape, inner, (), operands)
+        known.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in program.outvars]
+
+
+def _record_one(tape: list[_Step], equation: Any, operands: list[Any]) -> list[Any]:
+    """The same for one operation."""
+    places = [i for i, operand in enumerate(operands) if isinstance(operand, _Moving)]
+    values = [operand.value if isinstance(operand, _Moving) else operand for operand in operands]
+
+    def bind(values: list[Any]) -> list[Any]:
+        params = equation.primitive.get_bind_params(equation.params)
+        functions, params = params if isinstance(params, tuple) else ((), params)  # a pair before jax 0.11
+        out = equation.primitive.bind(*functions, *values, **params)
+        return list(out) if equation.primitive.multiple_results else [out]
+
+    results = bind(values)
+    smooth = [i for i, out in enumerate(results) if jnp.issubdtype(out.dtype, jnp.floating)]
+    if not places or not smooth:
+        return results
+
+    def operation(*moving: Array) -> list[Array]:
+        given = list(values)
+        for i, value in zip(places, moving, strict=True):
+            given[i] = value
+        out = bind(given)
+        return [out[i] for i in smooth]
+
+    name = equation.primitive.name
+    linear = (
+        name in _LINEAR
+        or (name in _LINEAR_IN_ONE and len(places) == 1)
+        or (name in _LINEAR_IN_FIRST and places == [0])
+        or (name == "select_n" and 0 not in places)
+    )
+    start = 1 + sum(len(step.outputs) for step in tape)
+    slots = [start + k for k in range(len(smooth))]
+    for i, slot in zip(smooth, slots, strict=True):
+        results[i] = _Moving(results[i], slot)
+    kind = "linear" if linear else "entrywise" if name in _ENTRYWISE else ""
+    primals = tuple(operands[i].value for i in places)
+    tape.append(_Step(operation, primals, [operands[i].slot for i in places], slots, kind))
+    return results

@@ -13,7 +13,16 @@ own log-density whoever shares the batch. ``log_prob_batch`` puts the batch insi
 to train with a continuous adjoint, but the shared steps make log p(x_i) depend on the rest of the batch by
 about the tolerance. Report numbers from the per-example functions.
 
-The integral of the divergence is part of the state that the solver's tolerance controls.
+There are two ways to the integral. In the solve, it is part of the state and the divergence is taken at every
+evaluation of v. At nodes, the solver finds x(t) alone, for the divergence is no part of the dynamics; x is saved at
+the nodes of a quadrature rule, and the divergences there are taken all in one batch:
+
+    integral of div v dt ~ sum_q w_q div v(t_q, x(t_q)).
+
+The second takes as many divergences as there are nodes instead of as many as there are evaluations, and lets each
+node have its own probes, whose errors then average out along the path instead of adding up. The first has its error
+in the integral controlled by the solver, wherever along the path it arises: it is the better way where div v has
+kinks or peaks that a quadrature rule finds late, and in few dimensions, where a divergence costs little.
 
 Sources: Chen et al. (2018), "Neural Ordinary Differential Equations", theorem 1; Grathwohl et al. (2019),
 "FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models", equations 5 to 8; Song et al.
@@ -21,15 +30,18 @@ Sources: Chen et al. (2018), "Neural Ordinary Differential Equations", theorem 1
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import jax.scipy as jsp
+import numpy as np
 
-from dgm_jax import _checks, solvers
+from dgm_jax import _checks, quadrature, solvers
 from dgm_jax import divergence as divergences
-from dgm_jax.types import Args, Array, Divergence, VectorField
+from dgm_jax.probes import HadamardMatrix, hadamard_matrix, hadamard_rows
+from dgm_jax.quadrature import Quadrature
+from dgm_jax.types import Args, Array, Divergence, StructuredField, VectorField
 
 __all__ = [
     "Likelihood",
@@ -47,12 +59,15 @@ class Likelihood(NamedTuple):
 
     Attributes:
         log_prob: log p(x) in nats ``[]``; NaN where the solve failed.
-        stderr: standard error of ``log_prob`` over the probes, in nats ``[]``; zero for the exact divergence.
+        stderr: standard error of ``log_prob`` over the probes, in nats ``[]``; zero for an exact divergence.
         solver_error: what the solver's error may leave in ``log_prob``, in nats ``[]``: its change when the
             tolerances are ten times as large, and never less than the tolerance of one step.
-        error: sqrt(stderr^2 + solver_error^2) ``[]``: one sigma of the reported interval.
-        nfe: evaluations of the velocity, each with its divergence, in the reported solve ``[]``.
+        error: the root of the sum of the squares of the three errors ``[]``: one sigma of the reported interval.
+        nfe: evaluations of the velocity in the reported solve ``[]``.
         status: of the solve, ``solvers.OK`` if it reached the end ``[]``.
+        quadrature_error: what the quadrature may leave in ``log_prob``, in nats ``[]``: its change from the next
+            coarser rule; zero where the divergence is in the solve.
+        num_divergences: how many divergences were taken, at nodes or in the solve ``[]``.
     """
 
     log_prob: Array
@@ -61,6 +76,8 @@ class Likelihood(NamedTuple):
     error: Array
     nfe: Array
     status: Array
+    quadrature_error: Array
+    num_divergences: Array
 
 
 def standard_normal(z: Array) -> Array:
@@ -78,11 +95,16 @@ def log_prob(
     divergence: Divergence | None = None,
     probes: Array | None = None,
     log_base: Callable[[Array], Array] = standard_normal,
+    rule: Quadrature | None = None,
+    clock: Callable[[Array], Array] | None = None,
     **options: Any,
 ) -> Array:
     """log p(x) of one example by the continuity equation.
 
     log p(x) = log p_base(z) + integral from t_data to t_base of div v dt.
+
+    With a ``rule``, the divergences are taken at its nodes, out of the solve. A gradient then needs an adjoint that
+    allows saved times: all of Diffrax's do but ``ImplicitAdjoint``.
 
     Args:
         velocity: v, ``(t [], x [*event], args) -> [*event]``.
@@ -90,10 +112,15 @@ def log_prob(
         args: arrays that ``velocity`` needs.
         t_data: the time at which x(t) is data.
         t_base: the time at which x(t) has the base distribution.
-        divergence: how div v is computed; ``None`` is ``divergence.exact``, or ``divergence.hutchinson`` where
-            probes are given.
-        probes: random vectors for a stochastic divergence ``[num, *event]``, held fixed for the whole solve.
+        divergence: how div v is computed; ``None`` is ``divergence.hutchinson`` where probes are given, else the
+            velocity's own where it is a ``StructuredField``, else ``divergence.exact``.
+        probes: random vectors for a stochastic divergence ``[num, *event]``, held fixed for the whole solve; with a
+            ``rule`` of n nodes also ``[n, num, *event]``, each node's own.
         log_base: log-density of the base distribution, ``z [*event] -> []``; N(0, I) by default.
+        rule: where to take the divergences, from ``quadrature``, such as ``quadrature.gauss_legendre(8)``; ``None``
+            takes them in the solve.
+        clock: the variable in which the rule's nodes lie, ``t [] -> []``, monotone and finite from t_data to t_base:
+            for a diffusion whose divergence is steep near the data, its log signal-to-noise ratio. ``None`` is t.
         **options: those of ``solvers.odeint``: ``rtol``, ``atol``, ``solver``, ``stepsize_controller``, ``dt0``,
             ``adjoint``, ``max_steps``, ``throw``.
 
@@ -107,6 +134,17 @@ def log_prob(
     """
     x = _checks.floating("x", x)
     _check_times(t_data, t_base)
+    if rule is not None:
+        ts, weights = _nodes(rule, clock, t_data, t_base, x.dtype)
+        solution = solvers.solve_ode(velocity, x, args, t0=t_data, t1=t_base, ts=ts, **options)
+        divergence_at, args = _own_divergence(velocity, divergence, probes, args)
+        own = _probes_at_nodes(x, probes, len(ts))
+        values = jax.vmap(lambda t, y, e: divergence_at(t, y, args, e)[1], (0, 0, None if own is None else 0))(
+            ts, solution.xs, own
+        )
+        return _base(log_base, solution.x) + jnp.sum(weights * values)
+    if clock is not None:
+        raise ValueError("clock was given without a rule, whose nodes it would place: pass rule too.")
     field, args = _with_divergence(velocity, divergence, probes, args)
     if probes is not None:
         _checks.probes_for(x, probes)
@@ -257,8 +295,13 @@ def likelihood(
     *,
     t_data: float | Array,
     t_base: float | Array,
+    key: Array | None = None,
+    num_probes: int = 16,
     probes: Array | None = None,
     log_base: Callable[[Array], Array] = standard_normal,
+    in_solve: bool = False,
+    max_nodes: int = 129,
+    clock: Callable[[Array], Array] | None = None,
     rtol: float | Array = 1e-5,
     atol: float | Array = 1e-5,
     stepsize_controller: Any = None,
@@ -268,10 +311,19 @@ def likelihood(
 ) -> Likelihood:
     """log p(x) of one example, with its error bar.
 
-    Each probe e_k is carried through the solve by itself, as L_k = integral of e_k^T (dv/dx) e_k dt. The value
-    is log p_base(z) + mean of L_k, its standard error that of the mean, sd(L_k) / sqrt(num). A second solve at
-    ten times the tolerances, or twice the equal steps, shows what the solver's error is; since both solves may
-    take the same steps, the tolerance of one step, atol + rtol |log p|, is its floor.
+    The solver finds x(t) alone, and the divergences are taken at the nodes of a Clenshaw-Curtis rule, 9 of them and
+    then twice as many each time, until the rule agrees with the coarser one to within the tolerance
+    atol + rtol |log p|, or as well as the noise of the probes lets one see, or has ``max_nodes``.
+
+    The divergence is exact, unless probes are asked for in one of two ways. With a ``key``, node q has rows q k to
+    q k + k - 1 of a randomised Hadamard matrix, k = ``num_probes``, counted round and round: no row is used again
+    before all were, so that the errors of the nodes cancel. The standard error knows which rows nodes share.
+    With ``probes``, all nodes have the same, and each alone makes an estimate L_k of the integral; the standard error
+    is sd(L_k) / sqrt(num). A fixed probe's errors add up along the path: at equal cost, a key is far better.
+
+    A second solve at ten times the tolerances, or twice the equal steps, shows what the solver's error is, in
+    log p_base and in the divergences at the first 9 nodes; since both solves may take the same steps, the tolerance of
+    one step is its floor.
 
     Args:
         velocity: v, ``(t [], x [*event], args) -> [*event]``.
@@ -279,10 +331,17 @@ def likelihood(
         args: arrays that ``velocity`` needs.
         t_data: as in ``log_prob``.
         t_base: as in ``log_prob``.
-        probes: independent random vectors ``[num, *event]``, num at least 2; ``None`` for the exact divergence,
-            whose cost grows with the dimension. With fewer than about 16 probes the standard error itself is
-            uncertain: its distribution is Student's.
+        key: a typed key, for random probes where they pay: with 16 dimensions or fewer, with no more dimensions than
+            ``num_probes``, and where the velocity has its own divergence, that is taken exactly all the same.
+        num_probes: of each node with a ``key``: a power of two, at least 2.
+        probes: independent random vectors ``[num, *event]``, num at least 2. With fewer than about 16 probes the
+            standard error itself is uncertain: its distribution is Student's.
         log_base: as in ``log_prob``.
+        in_solve: carry the divergences in the solve, as FFJORD does; with ``probes`` or exactly. Better where the
+            quadrature finds no agreement, and the only way that can be differentiated in reverse: to train, use
+            ``log_prob``, with a rule or without.
+        max_nodes: the most nodes: 9, 17, 33, 65, 129, ...
+        clock: as in ``log_prob``.
         rtol: relative tolerance of the reported solve.
         atol: absolute tolerance of the reported solve.
         stepsize_controller: as in ``solvers.odeint``: ``PIDController`` or ``ConstantStepSize``.
@@ -291,43 +350,339 @@ def likelihood(
         **options: ``solver``, ``adjoint``, ``max_steps``, as in ``solvers.odeint``.
 
     Returns:
-        A ``Likelihood``: value, standard error, solver error, their sum, evaluations, status.
+        A ``Likelihood``: value, the three errors and their sum, evaluations, divergences, status.
 
     Raises:
-        ValueError: for a single probe, which has no standard error; and as ``log_prob``.
-        TypeError: where ``x`` is not floats.
+        ValueError: for a single probe, which has no standard error; for a key and probes both, or a key with
+            ``in_solve``; for numbers of probes or nodes that cannot be; and as ``log_prob``.
+        TypeError: where ``x`` is not floats, or ``key`` not a typed key.
         solvers.SolveError: where a solve fails and nothing is being transformed.
+
+    Source: ``quadrature.clenshaw_curtis`` for the rule; Cochran (1977), "Sampling Techniques", theorem 2.2, for the
+    variance of a mean over draws without replacement.
     """
     x = _checks.floating("x", x)
     _check_times(t_data, t_base)
-    if probes is None:
-        field, args = _with_divergence(velocity, None, None, args)
-        start = (x, jnp.zeros((), x.dtype))
-    else:
+    if probes is not None:
+        if key is not None:
+            raise ValueError("key and probes were both given: pass one, for they are two ways to choose the probes.")
         _checks.probes_for(x, probes)
-        num = probes.shape[0]
-        if num < 2:
+        if probes.shape[0] < 2:
             raise ValueError(
                 "probes holds a single probe, which has no standard error: pass num=2 or more, such as 16."
             )
-        field, args = jax.tree_util.Partial(_with_quadratic_forms, velocity), (args, probes)
-        start = (x, jnp.zeros((num,), x.dtype))
+    solve = _Solve(
+        velocity,
+        x,
+        log_base,
+        {"t0": t_data, "t1": t_base, "throw": throw, **options},
+        {"rtol": rtol, "atol": atol, "stepsize_controller": stepsize_controller, "dt0": dt0},
+        solvers.loosen(stepsize_controller, rtol, atol, dt0, 10.0),
+    )
+    if in_solve:
+        if key is not None or clock is not None:
+            raise ValueError("key and clock are for divergences at nodes: with in_solve=True pass probes instead.")
+        return _likelihood_in_solve(solve, args, probes)
+    structured = isinstance(velocity, StructuredField)
+    if key is not None and (structured or x.size <= max(_FEW_DIMENSIONS, num_probes)):
+        key = None
+    return _likelihood_at_nodes(solve, args, probes, key, num_probes, max_nodes, clock, t_data, t_base)
 
-    def solve(**steps: Any) -> tuple[Array, Array, solvers.Solution]:
-        solution = solvers.solve_ode(field, start, args, t0=t_data, t1=t_base, throw=throw, **steps, **options)
-        z, integral = solution.x
-        return _base(log_base, z) + jnp.mean(integral), integral, solution
 
-    value, integral, solution = solve(rtol=rtol, atol=atol, stepsize_controller=stepsize_controller, dt0=dt0)
-    looser = solvers.loosen(stepsize_controller, rtol, atol, dt0, 10.0)
-    loose, _, _ = solve(**looser)
-    floor = 0.1 * (looser["atol"] + looser["rtol"] * jnp.abs(value))
-    solver_error = jnp.maximum(jnp.abs(value - loose), jnp.asarray(floor, x.dtype))
+_FEW_DIMENSIONS = 16  # in which an exact divergence costs no more than a good stochastic one
+
+
+class _Solve(NamedTuple):
+    """One example and its solver at two tolerances."""
+
+    velocity: VectorField
+    x: Array
+    log_base: Callable[[Array], Array]
+    options: dict[str, Any]
+    tight: dict[str, Any]
+    loose: dict[str, Any]
+
+    def error(self, value: Array, change: Array) -> Array:
+        """The solver's error from the change between the two, with the tolerance of one step as its floor."""
+        floor = 0.1 * (self.loose["atol"] + self.loose["rtol"] * jnp.abs(value))
+        return jnp.maximum(jnp.abs(change), jnp.asarray(floor, value.dtype))
+
+
+def _likelihood_in_solve(solve: _Solve, args: Args, probes: Array | None) -> Likelihood:
+    """The divergence as a part of the state, each probe's estimate apart."""
     if probes is None:
-        stderr = jnp.zeros_like(value)
+        field, args = _with_divergence(solve.velocity, None, None, args)
+        start = (solve.x, jnp.zeros((), solve.x.dtype))
     else:
-        stderr = jnp.std(integral, ddof=1) / jnp.sqrt(jnp.asarray(num, x.dtype))
-    return Likelihood(value, stderr, solver_error, jnp.hypot(stderr, solver_error), solution.nfe, solution.status)
+        field, args = jax.tree_util.Partial(_with_quadratic_forms, solve.velocity), (args, probes)
+        start = (solve.x, jnp.zeros(probes.shape[:1], solve.x.dtype))
+
+    def at(tolerances: dict[str, Any]) -> tuple[Array, Array, solvers.Solution]:
+        solution = solvers.solve_ode(field, start, args, **solve.options, **tolerances)
+        z, integral = solution.x
+        return _base(solve.log_base, z) + jnp.mean(integral), integral, solution
+
+    value, integral, solution = at(solve.tight)
+    loose, _, _ = at(solve.loose)
+    solver_error = solve.error(value, value - loose)
+    stderr = jnp.zeros_like(value) if probes is None else _stderr(integral)
+    none = jnp.zeros_like(value)
+    error = jnp.hypot(stderr, solver_error)
+    return Likelihood(value, stderr, solver_error, error, solution.nfe, solution.status, none, solution.nfe)
+
+
+def _likelihood_at_nodes(
+    solve: _Solve,
+    args: Args,
+    probes: Array | None,
+    key: Array | None,
+    num_probes: int,
+    max_nodes: int,
+    clock: Callable[[Array], Array] | None,
+    t_data: float | Array,
+    t_base: float | Array,
+) -> Likelihood:
+    """The divergences at nested nodes along x(t)."""
+    x = solve.x
+    nested = _nested_rule(max_nodes)
+    ts, rates = _nodes(Quadrature(nested.nodes, np.ones(max_nodes)), clock, t_data, t_base, x.dtype)
+    solution = solvers.solve_ode(solve.velocity, x, args, ts=ts, **solve.options, **solve.tight)
+    loose = solvers.solve_ode(solve.velocity, x, args, ts=ts[nested.order[:_FIRST]], **solve.options, **solve.loose)
+    own = _own_divergence(solve.velocity, None, None, args) if probes is None and key is None else (None, args)
+    divergence_at, args = own
+    if key is None:
+        rows = None
+        num = 1 if probes is None else probes.shape[0]
+    else:
+        rows = _Hadamard.draw(key, x, num_probes)
+        num = num_probes
+
+    def estimates(first: Array | int, ts: Array, xs: Array, num: int) -> Array:
+        """``[nodes, num]``: the nodes from ``first`` on, in the order of visits, the first ``num`` probes of each."""
+
+        def one(q: Array, t: Array, y: Array) -> Array:
+            if divergence_at is not None:
+                return divergence_at(t, y, args, None)[1][None]
+            own = cast(Array, probes) if rows is None else rows.at_node(q)
+            return divergences.quadratic_forms(lambda point: solve.velocity(t, point, args), y, own[:num])[1]
+
+        with jax.default_matmul_precision("highest"):
+            return jax.vmap(one)(first + jnp.arange(len(ts), dtype=jnp.int32), ts, xs)
+
+    ts, rates = ts[nested.order], rates[nested.order]
+    places = jnp.asarray(nested.order / (max_nodes - 1), x.dtype)
+    xs = solution.xs[nested.order]
+    rule, coarse, coarser = (jnp.asarray(table, x.dtype) * rates[None] for table in nested.tables)
+    base = _base(solve.log_base, solution.x)
+
+    def judged(level: Array, values: Array) -> tuple[Array, Array, Array, Array]:
+        """Of the rule at one level the value, its standard error, the quadrature's, and what of that may be noise."""
+        means = jnp.mean(values, axis=1)
+        fine, before, long_before = rule[level], coarse[level], coarser[level]
+        value = base + jnp.sum(fine * means)
+        change = jnp.abs(jnp.sum((fine - before) * means))
+        earlier = jnp.abs(jnp.sum((before - long_before) * means))
+        if rows is None:
+            stderr = jnp.zeros_like(value) if probes is None else _stderr(fine @ values)
+            noise, seen = 0.1 * stderr, change
+        else:  # each node's own probes: part of both changes is their noise
+            stderr = jnp.sqrt(rows.variance(fine, values, places))
+            variance = rows.variance(fine - before, values, places)
+            seen = jnp.sqrt(jnp.maximum(change**2 - variance, 0.0))
+            earlier = jnp.sqrt(jnp.maximum(earlier**2 - rows.variance(before - long_before, values, places), 0.0))
+            # four sigma: of 10,000 examples that need no more nodes, one takes them
+            noise = 4 * jnp.sqrt(variance)
+        gain = jnp.where(earlier > seen, seen / jnp.where(earlier > 0, earlier, 1.0), 1.0)
+        return value, stderr, seen * jnp.maximum(gain, 0.1), noise
+
+    def unfinished(state: tuple[Array, Array]) -> Array:
+        chunks, values = state
+        level_done = (chunks & (chunks + 1)) == 0
+        value, _, quadrature_error, noise = judged(_level(chunks, nested), values)
+        close = quadrature_error <= jnp.maximum(noise, solve.error(value, jnp.zeros_like(value)))
+        close |= ~jnp.isfinite(value)
+        return (chunks < nested.num_chunks) & ~(level_done & close)
+
+    def more(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        chunks, values = state
+        first = _FIRST + _CHUNK * chunks
+        of_ts, of_xs = (jax.lax.dynamic_slice_in_dim(array, first, _CHUNK) for array in (ts, xs))
+        return chunks + 1, jax.lax.dynamic_update_slice_in_dim(values, estimates(first, of_ts, of_xs, num), first, 0)
+
+    values = jnp.zeros((max_nodes, num), x.dtype).at[:_FIRST].set(estimates(0, ts[:_FIRST], xs[:_FIRST], num))
+    chunks, values = jax.lax.while_loop(unfinished, more, (jnp.int32(0), values))
+    value, stderr, quadrature_error, _ = judged(_level(chunks, nested), values)
+    few = min(num, 4)  # probes are enough, for both have the same
+    loosely = estimates(0, ts[:_FIRST], loose.xs, few)
+    change = jnp.abs(jnp.sum(rule[0, :_FIRST] * jnp.mean(values[:_FIRST, :few] - loosely, axis=1)))
+    # the two changes often have opposite signs, and may cancel by chance
+    solver_error = solve.error(value, jnp.abs(base - _base(solve.log_base, loose.x)) + change)
+    error = jnp.sqrt(stderr**2 + solver_error**2 + quadrature_error**2)
+    num_divergences = _FIRST + _CHUNK * chunks
+    return Likelihood(
+        value, stderr, solver_error, error, solution.nfe, solution.status, quadrature_error, num_divergences
+    )
+
+
+_FIRST, _CHUNK = 9, 8  # nodes of the first rule, and of one batch after it
+
+
+class _Nested(NamedTuple):
+    """Clenshaw-Curtis rules of 9, 17, 33, ... nodes, each level's new nodes after those of the last."""
+
+    nodes: np.ndarray  # increasing [max_nodes]
+    order: np.ndarray  # of the visits [max_nodes]
+    tables: tuple[np.ndarray, np.ndarray, np.ndarray]  # weights of a level's rule, the last one's, that before [L, n]
+    num_chunks: int
+
+
+def _nested_rule(max_nodes: int) -> _Nested:
+    levels = int(max_nodes - 1).bit_length() - 4
+    if max_nodes != 8 * 2**levels + 1 or levels < 0:
+        raise ValueError(f"max_nodes must be 9, 17, 33, 65, 129, ..., got {max_nodes}.")
+    weights: list[np.ndarray] = []
+    order: list[int] = []
+    for num in (3, 5, *(8 * 2**level + 1 for level in range(levels + 1))):
+        stride = (max_nodes - 1) // (num - 1)
+        one = np.zeros(max_nodes)
+        one[::stride] = quadrature.clenshaw_curtis(num).weights
+        weights.append(one)
+        if num >= _FIRST:
+            order += [i for i in range(0, max_nodes, stride) if i not in set(order)]
+    table = np.stack(weights)[:, order]
+    nodes = quadrature.clenshaw_curtis(max_nodes).nodes
+    return _Nested(nodes, np.asarray(order), (table[2:], table[1:-1], table[:-2]), (max_nodes - _FIRST) // _CHUNK)
+
+
+def _level(chunks: Array, nested: _Nested) -> Array:
+    """The level that so many chunks complete: 0 after none, l after 2^l - 1."""
+    done = 2 ** np.arange(1, len(nested.tables[0])) - 1
+    return jnp.sum(chunks >= jnp.asarray(done, chunks.dtype), dtype=chunks.dtype)
+
+
+class _Hadamard(NamedTuple):
+    """Rows of a randomised Hadamard matrix, k of them for each node, round and round."""
+
+    matrix: HadamardMatrix
+    shape: tuple[int, ...]  # of an event
+    num: int  # k, which divides P
+
+    @classmethod
+    def draw(cls, key: Array, x: Array, num: int) -> "_Hadamard":
+        """For examples like ``x``, ``num`` rows a node."""
+        if num < 2 or num & (num - 1):
+            raise ValueError(f"num_probes must be a power of two, at least 2, got {num}.")
+        return cls(hadamard_matrix(key, x.size, x.dtype), x.shape, num)
+
+    def at_node(self, q: Array) -> Array:
+        """The probes of the q-th node ``[k, *event]``."""
+        rows = hadamard_rows(self.matrix, q * self.num + jnp.arange(self.num, dtype=q.dtype))
+        return rows.reshape(self.num, *self.shape)
+
+    def variance(self, weights: Array, values: Array, places: Array) -> Array:
+        """Of sum_q weights_q mean_i values_qi over the draw of the rows; nodes of weight zero were not visited.
+
+        The forms of a row at nodes q and q' are taken to have covariance s_q s_q' rho(u_q - u_q') over all P rows. The
+        rows of the nodes with one remainder modulo G = P / k are the same, and otherwise different ones, drawn without
+        replacement, whose covariance is -1 / (P - 1) times as large. With a_q = weights_q s_q,
+
+            Var = sum_qq' a_q a_q' rho(u_q - u_q') (G [q and q' share rows] - 1) / (P - 1):
+
+        rows in equal use cancel. rho(u) = 1 / (1 + kappa u^2), and kappa is what makes 2 (1 - rho) the mean square of
+        the differences of a row's forms at two nodes, each over s_q. Where no two nodes share rows, rho(u) is taken as
+        zero for u != 0, which gives an upper bound. For few rows s_q is uncertain: it is smoothed, log s_q^2 being a
+        parabola in u, the ``places`` of the nodes.
+        """
+        num_rows = len(self.matrix.order)
+        num_groups = num_rows // self.num
+        visited = weights != 0
+        centred = values - jnp.mean(values, axis=1, keepdims=True)
+        squares = jnp.sum(centred**2, axis=1) / (self.num - 1) * ((num_rows - 1) / num_rows)
+        tiny = jnp.finfo(values.dtype).tiny
+        powers = jnp.where(visited[:, None], jnp.stack([jnp.ones_like(places), places, places**2], axis=1), 0.0)
+        logs = jnp.where(visited, jnp.log(jnp.maximum(squares, tiny)), 0.0)
+        smooth = jnp.where(visited, jnp.exp(powers @ jnp.linalg.solve(powers.T @ powers, powers.T @ logs)), 0.0)
+        level = jnp.sum(squares * weights**2) / jnp.maximum(jnp.sum(smooth * weights**2), tiny)
+        scale = jnp.sqrt(level * smooth)
+        a = weights * scale
+        groups = np.arange(len(values)) % num_groups
+        share = jnp.asarray(groups[:, None] == groups[None, :])
+        again = jnp.where(share & ~jnp.eye(len(values), dtype=bool), jnp.abs(a[:, None] * a[None, :]), 0.0)
+        unit = centred / jnp.where(scale > 0, scale, 1.0)[:, None]
+        squares_of_unit = jnp.sum(unit**2, axis=1)
+        differences = squares_of_unit[:, None] + squares_of_unit[None, :] - 2 * unit @ unit.T
+        distances = (places[:, None] - places[None, :]) ** 2
+        total = jnp.where(jnp.sum(again) > 0, jnp.sum(again), 1.0)
+        own = jnp.clip(jnp.sum(again * differences) / total / (2 * (self.num - 1)), 0.0, 0.99)
+        kappa = own / (1 - own) * total / jnp.maximum(jnp.sum(again * distances), tiny)
+        rho = jnp.where(jnp.sum(again) > 0, 1 / (1 + kappa * distances), jnp.eye(len(values), dtype=values.dtype))
+        signed = rho * (jnp.where(share, num_groups, 0.0) - 1) / (num_rows - 1)
+        return jnp.maximum(a @ signed @ a, 0.0)
+
+
+def _nodes(
+    rule: Quadrature, clock: Callable[[Array], Array] | None, t_data: float | Array, t_base: float | Array, dtype: Any
+) -> tuple[Array, Array]:
+    """The rule's nodes as times from t_data to t_base, and its weights times dt/du there."""
+    u, weights = jnp.asarray(rule.nodes, dtype), jnp.asarray(rule.weights, dtype)
+    start, end = jnp.asarray(t_data, dtype), jnp.asarray(t_base, dtype)
+    if clock is None:
+        return start + u * (end - start), weights * (end - start)
+    first, last = clock(start), clock(end)
+    if _checks.concrete((first, last)) and not (np.isfinite(first) and np.isfinite(last) and first != last):
+        raise ValueError(
+            f"clock must go from one finite value to another, got {float(first)} at t_data and {float(last)} at "
+            "t_base: move t_data or t_base to where it is finite, or pass clock=None."
+        )
+    wanted = first + u * (last - first)
+
+    def halve(_: Any, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bracket
+        middle = 0.5 * (low + high)
+        beyond = (jax.vmap(clock)(middle) - wanted) * jnp.sign(last - first) > 0
+        return jnp.where(beyond, low, middle), jnp.where(beyond, middle, high)
+
+    bracket = jnp.broadcast_to(start, u.shape), jnp.broadcast_to(end, u.shape)
+    low, high = jax.lax.fori_loop(0, jnp.finfo(dtype).nmant + 8, halve, bracket)
+    ts = jax.lax.stop_gradient(0.5 * (low + high))
+    rate = jax.vmap(lambda t: jax.jvp(clock, (t,), (jnp.ones_like(t),))[1])(ts)
+    return ts, weights * (last - first) / rate
+
+
+def _probes_at_nodes(x: Array, probes: Array | None, num_nodes: int) -> Array | None:
+    """``[nodes, num, *event]``: each node's own probes, or all the same."""
+    if probes is None:
+        return None
+    if probes.ndim == x.ndim + 2:
+        if probes.shape[0] != num_nodes:
+            raise ValueError(f"probes has shape {probes.shape}, but the rule has {num_nodes} nodes: one set for each.")
+        _checks.probes_for(x, probes[0])
+        return probes
+    _checks.probes_for(x, probes)
+    return jnp.broadcast_to(probes, (num_nodes, *probes.shape))
+
+
+def _own_divergence(
+    velocity: VectorField, divergence: Divergence | None, probes: Array | None, args: Args
+) -> tuple[Callable[[Array, Array, Args, Array | None], tuple[Array, Array]], Args]:
+    """(t, x, args, probes) -> v and div v by the divergence named, or else the best at hand; and those arguments."""
+    if divergence is None and probes is None and isinstance(velocity, StructuredField):
+        return jax.tree_util.Partial(_structured, velocity), velocity.prepare(args)
+    if divergence is None:
+        divergence = divergences.exact if probes is None else divergences.hutchinson
+    return jax.tree_util.Partial(_of_field, velocity, divergence), args
+
+
+def _structured(
+    velocity: StructuredField, t: Array, x: Array, prepared: Any, probes: Array | None
+) -> tuple[Array, Array]:
+    return velocity.with_divergence(t, x, prepared)
+
+
+def _of_field(
+    velocity: VectorField, divergence: Divergence, t: Array, x: Array, args: Args, probes: Array | None
+) -> tuple[Array, Array]:
+    return divergence(lambda y: velocity(t, y, args), x, probes)
 
 
 def _with_divergence(
@@ -337,21 +692,25 @@ def _with_divergence(
 
     A ``Partial`` of a module-level function, so that a second call with the same velocity compiles nothing.
     """
-    if divergence is None:
-        divergence = divergences.exact if probes is None else divergences.hutchinson
-    return jax.tree_util.Partial(_augmented, velocity, divergence), (args, probes)
+    divergence_at, args = _own_divergence(velocity, divergence, probes, args)
+    return jax.tree_util.Partial(_augmented, divergence_at), (args, probes)
 
 
-def _augmented(velocity: VectorField, divergence: Divergence, t: Array, state: Any, args: Args) -> Any:
+def _augmented(divergence_at: Callable, t: Array, state: Any, args: Args) -> Any:
     args, probes = args
     x, _ = state
-    return divergence(lambda y: velocity(t, y, args), x, probes)
+    return divergence_at(t, x, args, probes)
 
 
 def _with_quadratic_forms(velocity: VectorField, t: Array, state: Any, args: Args) -> Any:
     args, probes = args
     x, _ = state
     return divergences.quadratic_forms(lambda y: velocity(t, y, args), x, probes)
+
+
+def _stderr(estimates: Array) -> Array:
+    """Of the mean of independent estimates ``[num]``."""
+    return jnp.std(estimates, ddof=1) / jnp.sqrt(jnp.asarray(len(estimates), estimates.dtype))
 
 
 def _base(log_base: Callable[[Array], Array], z: Array) -> Array:

@@ -27,16 +27,45 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-from dgm_jax import _checks
-from dgm_jax.types import Array, VectorField
+from dgm_jax import _checks, structured
+from dgm_jax.types import Array, ScalarField, StructuredField, VectorField
 
-__all__ = ["MLP", "UNet", "conditional", "sinusoidal_features", "vector_field"]
+__all__ = [
+    "MLP",
+    "Energy",
+    "HollowNet",
+    "OTFlow",
+    "UNet",
+    "conditional",
+    "energy",
+    "sinusoidal_features",
+    "vector_field",
+]
+
+
+class Energy(NamedTuple):
+    """A scalar field that knows its Laplacian, as a ``types.StructuredField`` knows its divergence.
+
+    Attributes:
+        field: ``(t [], x [d], params) -> []``.
+        prepare: ``params -> prepared``, any pytree of arrays: what does not depend on t and x.
+        with_laplacian: ``(t [], x [d], prepared) -> (field(t, x, params) [], its Laplacian over x [])``.
+    """
+
+    field: ScalarField
+    prepare: Callable[[Any], Any]
+    with_laplacian: Callable[[Array, Array, Any], tuple[Array, Array]]
+
+    def __call__(self, t: Array, x: Array, args: Any) -> Array:
+        """field(t, x, args)."""
+        return self.field(t, x, args)
 
 
 def vector_field(net: nn.Module, *, precision: str | None = None) -> VectorField:
@@ -49,14 +78,12 @@ def vector_field(net: nn.Module, *, precision: str | None = None) -> VectorField
             full float32: rounding to TF32 or bfloat16 makes an adaptive solver take many small steps.
 
     Returns:
-        ``(t [], x [*event], params) -> [*event]``, params as ``net.init`` made them.
+        ``(t [], x [*event], params) -> [*event]``, params as ``net.init`` made them. Of an :class:`MLP` from a space
+        to itself, without ``out_features``, it is a ``types.StructuredField``, which knows its exact divergence for
+        little more than its value whatever the dimension (see ``structured.chain_trace``), and so it is of a
+        :class:`HollowNet` and of an :class:`OTFlow`.
     """
-
-    def field(t: Array, x: Array, args: Any) -> Array:
-        with jax.default_matmul_precision(precision) if precision else nullcontext():
-            return cast(Array, net.apply(args, t, x))
-
-    return field
+    return _field(net, lambda args: (args,), precision)
 
 
 def conditional(net: nn.Module, *, precision: str | None = None) -> VectorField:
@@ -68,15 +95,73 @@ def conditional(net: nn.Module, *, precision: str | None = None) -> VectorField:
         precision: as in :func:`vector_field`.
 
     Returns:
-        ``(t [], x [*event], (params, y)) -> [*event]``. A y of ``num_classes`` means that there is no label.
+        ``(t [], x [*event], (params, y)) -> [*event]``. A y of ``num_classes`` means that there is no label. It is a
+        ``types.StructuredField`` where that of :func:`vector_field` would be one.
     """
+    return _field(net, lambda args: (args[0], args[1]), precision)
+
+
+def energy(net: "MLP", *, precision: str | None = None) -> Energy:
+    """A scalar :class:`MLP` as a scalar field, u(t, x, params) = net.apply(params, t, x)[0], that knows its Laplacian.
+
+    Args:
+        net: an MLP with ``out_features=1``, shown no label, with an activation that acts on each number by itself.
+        precision: as in :func:`vector_field`.
+
+    Returns:
+        An :class:`Energy`: ``(t [], x [d], params) -> []``, with its Laplacian for the price of directions as many as
+        the first layer has units, whatever d: see ``structured.chain_laplacian``.
+
+    Raises:
+        TypeError: the network is not an MLP.
+        ValueError: it has more than one output, classes, or another kind of activation.
+    """
+    if not isinstance(net, MLP):
+        raise TypeError(
+            f"net must be a networks.MLP, got {type(net).__name__}: for any other scalar function of x use "
+            "divergence.laplacian."
+        )
+    if net.out_features != 1 or net.num_classes or not net.features or not _entrywise(net.activation, net.param_dtype):
+        raise ValueError(
+            "net must have out_features=1, hidden layers, no classes, and an activation that acts on each number by "
+            "itself, as tanh does: for any other scalar function of x use divergence.laplacian."
+        )
+    products = _precision(precision)
 
     def field(t: Array, x: Array, args: Any) -> Array:
-        params, y = args
-        with jax.default_matmul_precision(precision) if precision else nullcontext():
-            return cast(Array, net.apply(params, t, x, y))
+        with products():
+            return cast(Array, net.apply(args, t, x))[0]
 
-    return field
+    def prepare(args: Any) -> Any:
+        with products():
+            return args, structured.laplacian_tables(_kernels(net, args)[:-1])
+
+    def with_laplacian(t: Array, x: Array, prepared: Any) -> tuple[Array, Array]:
+        args, tables = prepared
+
+        def bumped(bumps: list[Array]) -> tuple[Array, list[Array]]:  # to be differentiated by what each layer adds
+            inputs = []
+
+            def activation(a: Array) -> Array:
+                inputs.append(a)
+                return net.activation(a) + bumps[len(inputs) - 1]
+
+            value = cast(Array, net.clone(activation=activation).apply(args, t, x))
+            return value[0], inputs
+
+        def derivatives(a: Array) -> tuple[Array, Array]:
+            one = (jnp.ones_like(a),)
+            return jax.jvp(lambda a: jax.jvp(net.activation, (a,), one)[1], (a,), one)
+
+        with products():
+            bumps = [jnp.zeros((width,), net.param_dtype) for width in net.features]
+            (value, inputs), by_layer = jax.value_and_grad(bumped, has_aux=True)(bumps)
+            slopes, curvatures = zip(*map(derivatives, inputs), strict=True)
+            weights = [a * b for a, b in zip(by_layer, curvatures, strict=True)]
+            *kernels, _ = _kernels(net, args)
+            return value, structured.chain_laplacian(tables, kernels, _residual(net, kernels), slopes, weights)
+
+    return Energy(field, prepare, with_laplacian)
 
 
 def sinusoidal_features(t: Array, num: int, max_frequency: float = 100.0) -> Array:
@@ -174,6 +259,122 @@ class MLP(nn.Module):
             new = self.activation(layer(h, width, f"layer_{index}"))
             h = h + new if self.residual and h.shape == new.shape else new
         return layer(h, self.out_features or x.shape[0], "last", self.last_init)
+
+
+class HollowNet(nn.Module):
+    """A network whose divergence costs one product whatever the dimension, because each coordinate passes it apart.
+
+    f_i(t, x) = tau(t, x_i, h_i), where h_i = h_i(t, x without x_i) is what the other coordinates say. So the Jacobian
+    of h is hollow, and div f = sum_i dtau/dx_i with h held still. The conditioner h is a pair of dense networks with
+    masked matrices: in the one h_i sees what comes before x_i, in the other what comes after it. The transformer tau is
+    one dense network for all coordinates, which knows them apart by h. Time enters each layer as in :class:`MLP`.
+
+    :func:`vector_field` makes a ``types.StructuredField`` of it.
+
+    Attributes:
+        features: widths of the hidden layers of the conditioner, in each direction. A unit sees the coordinates up to
+            some one of them, in steps of d / width: with widths of at least d, h_i sees all others.
+        channels: how many numbers h_i has from each direction.
+        transformer: widths of the hidden layers of tau.
+        activation: of all hidden layers.
+        last_init: initializer of the last layer's matrix and time weights.
+        param_dtype: of the parameters; x must have the same.
+
+    Raises:
+        TypeError: x is not of floats, or not of ``param_dtype``.
+        ValueError: x is not one example [d], or t not a scalar.
+
+    Source: Chen & Duvenaud (2019), "Neural Networks with Cheap Differential Operators", sections 2 and 3; Germain et
+    al. (2015), "MADE: Masked Autoencoder for Distribution Estimation", section 4, for the masks.
+    """
+
+    features: Sequence[int] = (64, 64)
+    channels: int = 8
+    transformer: Sequence[int] = (32,)
+    activation: Callable[[Array], Array] = nn.tanh
+    last_init: Callable[..., Array] = nn.initializers.zeros
+    param_dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """Name the two parts."""
+        own = {"activation": self.activation, "param_dtype": self.param_dtype}
+        self.others = _Others(self.features, self.channels, **own)
+        self.each = _Each(self.transformer, last_init=self.last_init, **own)
+
+    def __call__(self, t: Array, x: Array) -> Array:
+        """The field at t [] and x [d]: [d]."""
+        return self.passed(t, x, self.conditioner(t, x))
+
+    def conditioner(self, t: Array, x: Array) -> Array:
+        """h, [d, 2 channels]."""
+        t, x = _inputs(t, x, ("d",), self.param_dtype)
+        return self.others(t, x)
+
+    def passed(self, t: Array, x: Array, h: Array) -> Array:
+        """tau(t, x_i, h_i) for all i, [d]."""
+        t, x = _inputs(t, x, ("d",), self.param_dtype)
+        return self.each(t, x, h)
+
+
+class OTFlow(nn.Module):
+    """The velocity v = -grad Phi of a potential whose second derivatives have a closed form.
+
+    Phi(t, x) = w . u_n + |A s|^2 / 2 + b . s + c,    s = (x, t),
+    u_1 = act(K_1 s + b_1),    u_l = u_(l-1) + act(K_l u_(l-1) + b_l) / (n - 1),    act(a) = log(exp(a) + exp(-a)).
+
+    The derivative of act is tanh, and div v = -(lap w . u_n + the trace of A^T A over x), the Laplacian by
+    ``structured.chain_laplacian``.
+
+    The field of optimal transport is such a gradient, and is straight in time: few steps of a solver follow it.
+    :func:`vector_field` makes a ``types.StructuredField`` of it. Unlike the other networks here it does not start as
+    the field 0.
+
+    Attributes:
+        width: of the hidden layers.
+        layers: n, their number.
+        rank: of A, at most d + 1.
+        param_dtype: of the parameters; x must have the same.
+
+    Raises:
+        TypeError: x is not of floats, or not of ``param_dtype``.
+        ValueError: x is not one example [d], or t not a scalar.
+
+    Source: Onken et al. (2021), "OT-Flow: Fast and Accurate Continuous Normalizing Flows via Optimal Transport",
+    equations 10 to 16.
+    """
+
+    width: int = 64
+    layers: int = 2
+    rank: int = 10
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, t: Array, x: Array) -> Array:
+        """The velocity at t [] and x [d]: [d]."""
+        t, x = _inputs(t, x, ("d",), self.param_dtype)
+        size, xavier, zeros = x.shape[0] + 1, nn.initializers.xavier_normal(), nn.initializers.zeros
+        kernels = []
+        for index in range(self.layers):
+            shape = (self.width if index else size, self.width)
+            kernels.append(
+                (
+                    self.param(f"kernel_{index}", _LECUN, shape, self.param_dtype),
+                    self.param(f"bias_{index}", zeros, (self.width,), self.param_dtype),
+                )
+            )
+        params = {
+            "layers": kernels,
+            "w": self.param("w", nn.initializers.ones, (self.width,), self.param_dtype),
+            "A": self.param("A", xavier, (min(self.rank, size), size), self.param_dtype),
+            "b": self.param("b", zeros, (size,), self.param_dtype),
+            "c": self.param("c", zeros, (), self.param_dtype),
+        }
+        return -jax.grad(lambda x: _ot_potential(params, t, x)[0])(x)
+
+    def potential(self, t: Array, x: Array) -> Array:
+        """Phi at t [] and x [d]: [], as ``net.apply(params, t, x, method="potential")``."""
+        t, x = _inputs(t, x, ("d",), self.param_dtype)
+        return _ot_potential(_ot_params(self.variables["params"]), t, x)[0]
 
 
 class UNet(nn.Module):
@@ -312,6 +513,240 @@ def _upsample(x: Array) -> Array:
     rows, columns, channels = x.shape
     x = jnp.broadcast_to(x[:, None, :, None], (rows, 2, columns, 2, channels))
     return x.reshape(2 * rows, 2 * columns, channels)
+
+
+class _Timed(nn.Module):
+    """h K + b + t w, with the entries of K that ``mask`` keeps."""
+
+    features: int
+    param_dtype: Any
+    kernel_init: Callable[..., Array] = _LECUN
+
+    @nn.compact
+    def __call__(self, t: Array, h: Array, mask: np.ndarray | None = None) -> Array:
+        shape = (h.shape[-1] + 1, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        matrix = kernel[:-1] if mask is None else kernel[:-1] * jnp.asarray(mask, self.param_dtype)
+        row = bias + t * kernel[-1]
+        return h @ matrix + jnp.broadcast_to(row, (*h.shape[:-1], self.features))
+
+
+class _Others(nn.Module):
+    """What the coordinates before and after each one say: [d] to [d, 2 channels]."""
+
+    features: Sequence[int]
+    channels: int
+    activation: Callable[[Array], Array]
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, t: Array, x: Array) -> Array:
+        d = x.shape[0]
+        said = []
+        for direction in ("before", "after"):
+            h = x if direction == "before" else x[::-1]
+            seen = np.arange(d)  # each unit sees the coordinates up to this one
+            for index, width in enumerate(self.features):
+                up_to = np.arange(width) * (d - 1) // width if d > 1 else np.full(width, -1)
+                layer = _Timed(width, self.param_dtype, name=f"{direction}_{index}")
+                h = self.activation(layer(t, h, seen[:, None] <= up_to[None]))
+                seen = up_to
+            up_to = np.repeat(np.arange(d), self.channels)
+            layer = _Timed(d * self.channels, self.param_dtype, name=f"{direction}_last")
+            h = layer(t, h, seen[:, None] < up_to[None]).reshape(d, self.channels)
+            said.append(h if direction == "before" else h[::-1])
+        return jnp.concatenate(said, axis=1)
+
+
+class _Each(nn.Module):
+    """One network for each coordinate and what the others say to it: [d], [d, c] to [d]."""
+
+    features: Sequence[int]
+    activation: Callable[[Array], Array]
+    last_init: Callable[..., Array]
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, t: Array, x: Array, h: Array) -> Array:
+        y = jnp.concatenate([x[:, None], h], axis=1)
+        for index, width in enumerate(self.features):
+            y = self.activation(_Timed(width, self.param_dtype, name=f"layer_{index}")(t, y))
+        return _Timed(1, self.param_dtype, self.last_init, name="last")(t, y)[:, 0]
+
+
+def _ot_params(leaves: Any) -> dict[str, Any]:
+    """The parameters of an :class:`OTFlow` with its layers in a list."""
+    num = sum(name.startswith("kernel_") for name in leaves)
+    return {**leaves, "layers": [(leaves[f"kernel_{index}"], leaves[f"bias_{index}"]) for index in range(num)]}
+
+
+def _ot_potential(
+    params: dict[str, Any], t: Array, x: Array, bumps: Sequence[Array] | None = None
+) -> tuple[Array, list[Array]]:
+    """Phi(t, x) [], with ``bumps`` added to what the activations return, and the inputs of these."""
+    s = jnp.append(x, t)
+    u, inputs, eta = s, [], _ot_scale(params)
+    for index, (kernel, bias) in enumerate(params["layers"]):
+        a = u @ kernel + bias
+        inputs.append(a)
+        new = jnp.logaddexp(a, -a)
+        if bumps is not None:
+            new = new + bumps[index]
+        u = u + eta * new if index else new
+    quadratic = jnp.sum(jnp.square(params["A"] @ s)) / 2
+    return params["w"] @ u + quadratic + params["b"] @ s + params["c"], inputs
+
+
+def _ot_scale(params: dict[str, Any]) -> float:
+    return 1 / max(len(params["layers"]) - 1, 1)
+
+
+class _Own(NamedTuple):
+    """How a module computes its own divergence.
+
+    Attributes:
+        prepare: ``params -> tables``.
+        with_divergence: ``(tables, params, t, x, *label) -> (value, divergence)``.
+    """
+
+    prepare: Callable[[Any], Any]
+    with_divergence: Callable[..., tuple[Array, Array]]
+
+
+def _field(net: nn.Module, split: Callable[[Any], tuple], precision: str | None) -> VectorField:
+    """A module as a vector field; ``split`` makes (params, label or nothing) of args."""
+    products = _precision(precision)
+
+    def field(t: Array, x: Array, args: Any) -> Array:
+        params, *label = split(args)
+        with products():
+            return cast(Array, net.apply(params, t, x, *label))
+
+    if isinstance(net, MLP) and net.out_features is None and _entrywise(net.activation, net.param_dtype):
+        own = _of_mlp(net)
+    elif isinstance(net, HollowNet) and _entrywise(net.activation, net.param_dtype):
+        own = _of_hollow_net(net)
+    elif isinstance(net, OTFlow):
+        own = _of_ot_flow(net)
+    else:
+        return field
+
+    def prepare(args: Any) -> Any:
+        with products():
+            return args, own.prepare(split(args)[0])
+
+    def with_divergence(t: Array, x: Array, prepared: Any) -> tuple[Array, Array]:
+        args, tables = prepared
+        params, *label = split(args)
+        with products():
+            return own.with_divergence(tables, params, t, x, *label)
+
+    return StructuredField(field, prepare, with_divergence)
+
+
+def _of_mlp(net: MLP) -> _Own:
+    def prepare(params: Any) -> Any:
+        kernels = _kernels(net, params)
+        return structured.chain_tables(kernels, _residual(net, kernels[:-1]))
+
+    def with_divergence(tables: Any, params: Any, t: Array, x: Array, *label: Array) -> tuple[Array, Array]:
+        slopes = []
+
+        def activation(a: Array) -> Array:
+            h, slope = jax.jvp(net.activation, (a,), (jnp.ones_like(a),))
+            slopes.append(slope)
+            return h
+
+        value = cast(Array, net.clone(activation=activation).apply(params, t, x, *label))
+        kernels = _kernels(net, params)
+        return value, structured.chain_trace(tables, kernels, _residual(net, kernels[:-1]), slopes)
+
+    return _Own(prepare, with_divergence)
+
+
+def _of_hollow_net(net: HollowNet) -> _Own:
+    def with_divergence(tables: Any, params: Any, t: Array, x: Array) -> tuple[Array, Array]:
+        h = net.apply(params, t, x, method="conditioner")
+        value, slopes = jax.jvp(lambda x: net.apply(params, t, x, h, method="passed"), (x,), (jnp.ones_like(x),))
+        return value, jnp.sum(slopes)
+
+    return _Own(lambda params: None, with_divergence)
+
+
+def _of_ot_flow(net: OTFlow) -> _Own:
+    def kernels_of(params: dict[str, Any]) -> list[Array]:
+        first, *rest = (kernel for kernel, _ in params["layers"])
+        return [first[:-1], *rest]
+
+    def prepare(params: Any) -> Any:
+        params = _ot_params(params["params"])
+        return structured.laplacian_tables(kernels_of(params)), jnp.sum(jnp.square(params["A"][:, :-1]))
+
+    def with_divergence(tables: Any, params: Any, t: Array, x: Array) -> tuple[Array, Array]:
+        t, x = _inputs(t, x, ("d",), net.param_dtype)
+        params, (tables, quadratic) = _ot_params(params["params"]), tables
+        bumps = [jnp.zeros((net.width,), x.dtype) for _ in range(net.layers)]
+
+        def potential(x: Array, bumps: list[Array]) -> tuple[Array, list[Array]]:
+            return _ot_potential(params, t, x, bumps)
+
+        (by_x, by_layer), inputs = jax.grad(potential, (0, 1), has_aux=True)(x, bumps)
+        slopes = [jnp.tanh(a) for a in inputs]
+        weights = [by * (1 - jnp.square(slope)) for by, slope in zip(by_layer, slopes, strict=True)]
+        residual = [index > 0 for index in range(net.layers)]
+        laplacian = structured.chain_laplacian(tables, kernels_of(params), residual, slopes, weights, _ot_scale(params))
+        return -by_x, -(laplacian + quadratic)
+
+    return _Own(prepare, with_divergence)
+
+
+def _precision(precision: str | None) -> Callable[[], Any]:
+    """What makes a context in which matrix products have this precision."""
+    return lambda: jax.default_matmul_precision(precision) if precision else nullcontext()
+
+
+def _kernels(net: MLP, params: Any) -> list[Array]:
+    """The matrices of an MLP, the last among them."""
+    names = [*(f"layer_{index}" for index in range(len(net.features))), "last"]
+    return [params["params"][name]["kernel"] for name in names]
+
+
+def _residual(net: MLP, kernels: Sequence[Array]) -> list[bool]:
+    """Which of the hidden layers with these matrices are residual."""
+    return [net.residual and kernel.shape[0] == kernel.shape[1] for kernel in kernels]
+
+
+_ENTRYWISE = {
+    "abs", "acos", "acosh", "add", "and", "asin", "asinh", "atan", "atan2", "atanh", "broadcast_in_dim", "cbrt", "ceil",
+    "clamp", "closed_call", "convert_element_type", "copy", "cos", "cosh", "custom_jvp_call", "custom_vjp_call", "div",
+    "eq", "erf", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "jit", "le", "log",
+    "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pjit", "pow", "round", "rsqrt",
+    "select_n", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh",
+}  # fmt: skip
+"""Operations that act on each number by itself, and calls of programs made of such."""
+
+
+def _entrywise(activation: Callable[..., Array], dtype: Any) -> bool:
+    """Whether an activation certainly acts on each number by itself: of a vector, it does nothing else."""
+    shape = (4,)
+
+    def acts(program: Any) -> bool:
+        program = getattr(program, "jaxpr", program)
+        for equation in program.eqns:
+            shapes = {jnp.shape(each.aval) for each in (*equation.invars, *equation.outvars)}
+            if equation.primitive.name not in _ENTRYWISE or not shapes <= {(), shape}:
+                return False
+            inner = [value for value in equation.params.values() if hasattr(getattr(value, "jaxpr", value), "eqns")]
+            if not all(map(acts, inner)):
+                return False
+        return True
+
+    try:
+        program, out = jax.make_jaxpr(activation, return_shape=True)(jax.ShapeDtypeStruct(shape, dtype))
+    except Exception:  # a module, or a function of vectors of another size: whatever it is, it is not certain
+        return False
+    return jnp.shape(out) == shape and acts(program)
 
 
 def _embedding(net: Any, t: Array, y: Array | None) -> Array:

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "dgm_jax"
 
 FLOORS = [
     {"types", "_checks"},
-    {"probes", "schedules"},
-    {"densities", "discrete_flows", "divergence", "guidance", "parameterizations", "sdes", "solvers"},
+    {"_blocks", "probes", "quadrature", "schedules", "trace"},
+    {"densities", "discrete_flows", "divergence", "guidance", "parameterizations", "sdes", "solvers", "structured"},
     {"adjoint", "ddpm", "flows", "fokker_planck", "langevin", "metrics", "ncsn", "score_matching"},
     {"networks", "training", "datasets", "plots", "runs"},
 ]

@@ -1,6 +1,7 @@
 """Divergences against closed forms, against jacfwd, in every mode of use, and within their memory."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,12 @@ import pytest
 
 from dgm_jax import divergence, probes
 
-METHODS = {"exact": divergence.exact, **{f"chunks of {c}": divergence.exact_in_chunks(c) for c in (1, 5, 7, 1000)}}
+METHODS = {
+    "exact": divergence.exact,
+    "forward": partial(divergence.exact, mode="forward"),
+    "chunks of 4, forward": divergence.exact_in_chunks(4, mode="forward"),
+    **{f"chunks of {c}": divergence.exact_in_chunks(c) for c in (1, 5, 7, 1000)},
+}
 
 
 def field(shape, dtype=jnp.float64):
@@ -38,7 +44,7 @@ def spiral_divergence_gradient(x):
     return np.array([2 * x[1] + c - x[0] * x[1] * s, 2 * x[0] - x[0] ** 2 * s + 6 * x[1]])
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (6,), (3, 4, 2)])
+@pytest.mark.parametrize("shape", [(), (1,), (6,), (3, 4, 2), (35,)])
 def test_exact_methods_agree_with_jacfwd(shape):
     f = field(shape)
     x = jax.random.normal(jax.random.key(1), shape)
@@ -108,9 +114,61 @@ def test_linear_field_gradient_in_its_matrix():
     np.testing.assert_allclose(gradient, np.outer(e[0], e[0]), rtol=1e-14)
 
 
+def test_probes_that_fill_more_than_a_block_follow_in_a_loop():
+    """7 probes of 3,000 entries, which go two by two and one alone: e^T J e by hand, and its gradient."""
+    m = 3000
+    x, weight = jax.random.normal(jax.random.key(13), (2, m))
+    e = probes.gaussian(jax.random.key(14), x, 7)
+
+    def f(x, weight):
+        return weight * jnp.roll(x, 1) ** 2 + jnp.sin(x)
+
+    def by_hand(x, weight):  # dense but in its structure: J e = 2 w roll(x) roll(e) + cos(x) e
+        return jnp.sum(e * (2 * (weight * jnp.roll(x, 1))[None] * jnp.roll(e, 1, axis=1) + jnp.cos(x)[None] * e), 1)
+
+    def forms(x, weight, mode="reverse"):
+        return divergence.quadratic_forms(lambda x: f(x, weight), x, e, mode=mode)[1]
+
+    @jax.jit
+    def both(x, weight):
+        own = [jax.vjp(g, x, weight) for g in (forms, partial(forms, mode="forward"), by_hand)]
+        return [(value, pull(jnp.arange(1.0, 8.0))) for value, pull in own]
+
+    *got, wanted = both(x, weight)
+    for each in got:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), each, wanted)
+
+
+def test_a_field_without_reverse_mode_has_forward_mode():
+    """x -> x^8 by a while loop: divergence 8 sum x^7."""
+
+    def f(x):
+        return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] ** 2), (0, x))[1]
+
+    x = jnp.asarray([0.5, -1.1, 0.9])
+    for method in (METHODS["forward"], METHODS["chunks of 4, forward"]):
+        np.testing.assert_allclose(method(f, x)[1], 8 * np.sum(np.asarray(x) ** 7), rtol=1e-13)
+    basis = 3**0.5 * jnp.eye(3)
+    estimate = divergence.hutchinson(f, x, basis, mode="forward")[1]
+    np.testing.assert_allclose(estimate, 8 * np.sum(np.asarray(x) ** 7), rtol=1e-13)
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        divergence.exact(f, x)
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 7)])
+def test_divergences_can_be_differentiated_forward(shape):
+    """The derivative of the trace along a direction, against a central difference (error 1e-9 of it)."""
+    f = field(shape)
+    x, direction = jax.random.normal(jax.random.key(15), (2, *shape))
+    slope = jax.jit(lambda x: jax.jvp(lambda x: divergence.exact(f, x)[1], (x,), (direction,))[1])(x)
+    value = jax.jit(lambda x: divergence.exact(f, x)[1])
+    difference = (value(x + 1e-5 * direction) - value(x - 1e-5 * direction)) / 2e-5
+    np.testing.assert_allclose(slope, difference, rtol=1e-7)
+
+
 @pytest.mark.slow
 def test_chunks_bound_the_memory():
-    """m = 784, chunks of 16: measured 1/40 (jax 0.12) to 1/70 (0.10) of ``exact``, for value and gradient."""
+    """m = 784, blocks of 16: measured 1/40 of the whole Jacobian or less, for value and gradient."""
     m = 784
     a = jax.random.normal(jax.random.key(5), (64, m)) / 28
     b = jax.random.normal(jax.random.key(6), (m, 64)) / 8
@@ -123,10 +181,11 @@ def test_chunks_bound_the_memory():
         return compiled.memory_analysis().temp_size_in_bytes
 
     for derivative in (False, True):
-        whole = temporary(divergence.exact, derivative=derivative)
-        chunked = temporary(divergence.exact_in_chunks(16), derivative=derivative)
+        whole = temporary(lambda f, x, _: (f(x), jnp.trace(jax.jacrev(f)(x))), derivative=derivative)
         assert whole > m * m * 8
-        assert chunked < whole / 25, (derivative, whole / chunked)
+        for method in (divergence.exact, divergence.exact_in_chunks(16)):
+            blocked = temporary(method, derivative=derivative)
+            assert blocked < whole / 25, (derivative, whole / blocked)
 
 
 @pytest.mark.slow
@@ -184,6 +243,60 @@ def test_laplacian_gradient():
     np.testing.assert_allclose(gradient, 40 * np.asarray(x), rtol=1e-13)
 
 
+def everything(x):
+    """A scalar of every kind of operation, entries of x mixed throughout: smooth at the points where it is tried."""
+    a = jax.random.normal(jax.random.key(16), (6, 6))
+    h = jax.nn.silu(a @ x) + jax.nn.softplus(x) * jnp.tanh(x @ a)
+    h = h + jnp.exp(-jnp.abs(x)) * jnp.where(x > 0, x**3, jnp.sin(x)) + jax.checkpoint(jnp.cos)(h * x)
+    pair = h.reshape(2, 3) @ (x / (1 + jnp.square(h))).reshape(3, 2)
+    wound, _ = jax.lax.scan(lambda c, y: (jnp.sin(c) + c * y, None), h[0], x[::2])
+    chosen = jax.lax.cond(x[1] > 5, lambda y: y[0], lambda y: y[0] * y[2], h)
+    sorted_by, order = jnp.sort(h), jnp.argsort(h)
+    gathered = jnp.concatenate([h, x])[jnp.array([3, 9, 1])]
+    total = jnp.trace(pair) + wound + chosen + sorted_by @ jnp.arange(6.0) + x[order[0]] ** 2 + gathered @ gathered
+    return total + jax.nn.logsumexp(h) + jnp.linalg.norm(x) * jnp.max(h) + jnp.prod(jnp.cumsum(h))
+
+
+@pytest.mark.slow
+def test_laplacian_of_every_kind_of_operation_and_its_gradient():
+    x = jax.random.normal(jax.random.key(17), (3, 6))
+
+    def dense(x):
+        return jnp.trace(jax.hessian(everything)(x))
+
+    @jax.jit
+    @jax.vmap
+    def both(x):
+        def own(x):
+            return divergence.laplacian(everything, x)[1]
+
+        return (*divergence.laplacian(everything, x), jax.grad(own)(x)), (everything(x), dense(x), jax.grad(dense)(x))
+
+    got, wanted = both(x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), got, wanted)
+
+
+def test_laplacian_in_blocks_of_a_network_with_its_gradient():
+    """21 dimensions, in three blocks of seven, against the trace of the Hessian; constant and linear functions too."""
+    matrices = jax.random.normal(jax.random.key(18), (2, 21, 21)) / 4
+    x = jax.random.normal(jax.random.key(19), (21,))
+
+    def u(x, matrices):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ matrices[0]) @ matrices[1]))
+
+    def own(x, matrices):
+        return divergence.laplacian(lambda x: u(x, matrices), x)[1]
+
+    def dense(x, matrices):
+        return jnp.trace(jax.hessian(u)(x, matrices))
+
+    got, wanted = jax.jit(lambda *a: [jax.value_and_grad(f, (0, 1))(*a) for f in (own, dense)])(x, matrices)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), got, wanted)
+    for flat in (lambda x: jnp.asarray(3.0), lambda x: x[4] - x[2], lambda x: jnp.sum(jnp.sign(x))):
+        value, lap = divergence.laplacian(flat, x)
+        assert (value, lap) == (flat(x), 0)
+
+
 def test_bad_arguments():
     x = jnp.zeros(3)
     for method in (divergence.exact, divergence.exact_in_chunks(2)):
@@ -202,6 +315,8 @@ def test_bad_arguments():
             method(lambda x: x, x, jnp.zeros((2, 4)))
         with pytest.raises(TypeError, match="probes has dtype float32 and x has float64"):
             method(lambda x: x, x, jnp.zeros((2, 3), jnp.float32))
+    with pytest.raises(ValueError, match='mode must be "reverse" or "forward", got \'backward\''):
+        divergence.exact(lambda x: x, x, mode="backward")
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         divergence.exact_in_chunks(0)
     with pytest.raises(TypeError, match="size must be a Python int, known before tracing, got float"):

@@ -9,21 +9,22 @@ the first:
 
     determinant    discrete_flows.dense_log_abs_det: m products with J, then its LU decomposition
     LU alone       the decomposition of a J that is at hand
-    trace          divergence.exact: m products with J, all at once
-    chunks         divergence.exact_in_chunks(64): the same, 64 at a time
+    dense trace    the sum of the diagonal of jax.jacfwd: m products with J, all at once
+    trace          divergence.exact: the same number of products, some at a time
     Hutchinson     divergence.hutchinson with one probe, which comes as an argument
 
 For each m: operations and temporary memory as the compiler counts them, and the run time of one evaluation, one of
 several in a row inside one compiled loop, so that no call from Python is counted; of the rounds the fastest, for other
 programs can only slow it down. The compiler cannot look into LAPACK: 2/3 m^3 operations of the decomposition are added.
-Of loops it counts one pass, so that ``chunks`` has no count.
+Of loops it counts one pass, so that ``trace`` has no count.
 
 Result: exponents p of ~ m^p, fitted by least squares in logarithms over m >= 512 with their standard errors, and the m
 from which one way is faster than another. Two minutes on one CPU core. For quiet numbers: taskset -c 0 python ...
 
-Time does not follow operations alone. The m x m matrices of ``trace`` leave the caches between m = 512 and 4096, where
-its time grows faster than m^2; in chunks it has m^2 in time, m in memory. And what costs m^2 or m is needed in every
-evaluation of an ODE solve, the determinant once a layer: the last column says how many evaluations a layer is worth.
+Time does not follow operations alone. The m x m matrices of ``dense trace`` leave the caches between m = 512 and 4096,
+where its time grows faster than m^2; in blocks it has m^2 in time, m in memory. And what costs m^2 or m is needed in
+every evaluation of an ODE solve, the determinant once a layer: the last column says how many evaluations a layer is
+worth.
 """
 
 import time
@@ -41,16 +42,14 @@ from _timing import measure, show, write
 from dgm_jax import discrete_flows, divergence, probes, runs
 from dgm_jax.types import Array
 
-WAYS = ("determinant", "LU alone", "trace", "chunks", "Hutchinson")
-CLAIMED = {"determinant": 3, "LU alone": 3, "trace": 2, "chunks": 2, "Hutchinson": 1}
-CHUNK = 64
+WAYS = ("determinant", "LU alone", "dense trace", "trace", "Hutchinson")
+CLAIMED = {"determinant": 3, "LU alone": 3, "dense trace": 2, "trace": 2, "Hutchinson": 1}
 PAIRS = (
     ("determinant", "trace"),
     ("LU alone", "trace"),
-    ("determinant", "chunks"),
     ("determinant", "Hutchinson"),
     ("trace", "Hutchinson"),
-    ("trace", "chunks"),
+    ("dense trace", "trace"),
 )  # the slower one, for large m, first
 COLORS = dict(zip(WAYS, ("#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#009E73"), strict=True))
 
@@ -97,8 +96,8 @@ def way(name: str, field: Callable[[Any, Array], Array]) -> Callable[[Any, Array
             return x, jnp.linalg.slogdet(params + jnp.diag(x)).logabsdet
         if name == "trace":
             return divergence.exact(f, x)
-        if name == "chunks":
-            return divergence.exact_in_chunks(CHUNK)(f, x)
+        if name == "dense trace":
+            return f(x), jnp.trace(jax.jacfwd(f)(x))
         return divergence.hutchinson(f, x, probe)
 
     return run
@@ -131,7 +130,7 @@ def make_case(name: str, m: int, width: int) -> Case:
         return jax.lax.fori_loop(0, num, step, (start, jnp.zeros(())))
 
     compiled = jax.jit(one).lower(*arguments).compile()
-    operations = None if name == "chunks" and m > CHUNK else compiled.cost_analysis()["flops"]
+    operations = None if name == "trace" else compiled.cost_analysis()["flops"]
     if operations is not None and name in ("determinant", "LU alone"):
         operations += 2 / 3 * m**3
     loop = jax.jit(several).lower(jnp.asarray(1), *arguments).compile()

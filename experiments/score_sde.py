@@ -31,7 +31,6 @@ from dgm_jax import (
     metrics,
     networks,
     plots,
-    probes,
     runs,
     schedules,
     score_matching,
@@ -99,7 +98,8 @@ class Config:
     test_examples: int = 1000
     """Test examples whose likelihood is measured, or as many as there are: digits has 297."""
     num_probes: int = 16
-    """Random probes of the divergence for each of them; 0, or as many as pixels: the exact one, at a probe a pixel."""
+    """Random probes of the divergence, a power of two, at each node along the path of each of them; 0, or as many as
+    pixels: the exact divergence."""
 
 
 class Data(NamedTuple):
@@ -220,9 +220,9 @@ def make_model(score: VectorField, schedule: Schedule, config: Config) -> Model:
         return solution.x, solution.nfe
 
     def likelihood(params: Any, key: Array, x: Array) -> flows.Likelihood:
-        e = probes.rademacher(key, x, config.num_probes) if 0 < config.num_probes < x.size else None
-        ends = {"t_data": t_start, "t_base": 1.0}
-        return flows.likelihood(velocity, x, params, probes=e, log_base=log_base, **ends, **tolerance)
+        chosen = {"key": key, "num_probes": config.num_probes} if config.num_probes else {}
+        where = {"t_data": t_start, "t_base": 1.0, "clock": partial(schedules.log_snr, schedule)}
+        return flows.likelihood(velocity, x, params, log_base=log_base, **chosen, **where, **tolerance)
 
     def log_base(z: Array) -> Array:
         return jnp.sum(jax.scipy.stats.norm.logpdf(z, 0.0, scale))
@@ -269,9 +269,11 @@ def judge_likelihood(data: Data, found: flows.Likelihood) -> dict[str, Any]:
         f"{name}_stderr_of_examples": math.sqrt(max(float(stderr) ** 2 - of_probes**2, 0.0)),
         f"{name}_stderr_of_probes": of_probes,
         f"{name}_solver_error": float(jnp.mean(found.solver_error)) / unit,
+        f"{name}_quadrature_error": float(jnp.mean(found.quadrature_error)) / unit,
         "dequantization": data.dequantization.name if data.dequantization else "none",
         "test_examples": num,
         "evaluations_likelihood": float(jnp.mean(found.nfe)),
+        "divergences_likelihood": float(jnp.mean(found.num_divergences)),
     }
 
 
@@ -299,6 +301,8 @@ def draw(run: runs.Run, data: Data, samples: dict[str, Array], path: tuple[Array
 def main(config: Config) -> dict[str, Any]:
     """Trains, samples, measures, draws; returns what metrics.json holds."""
     began = time.perf_counter()
+    if config.num_probes == 1 or config.num_probes < 0 or config.num_probes & (config.num_probes - 1):
+        raise ValueError(f"num_probes must be 0 or a power of two, 2 or more, got {config.num_probes}.")
     mesh = training.mesh()
     key_data, key_net, key_train, *keys_after = jax.random.split(jax.random.key(config.seed), 7)
     key_sample, key_noise, key_probe, key_judge = keys_after

@@ -62,12 +62,13 @@ class Likelihood(NamedTuple):
         stderr: standard error of ``log_prob`` over the probes, in nats ``[]``; zero for an exact divergence.
         solver_error: what the solver's error may leave in ``log_prob``, in nats ``[]``: its change when the
             tolerances are ten times as large, and never less than the tolerance of one step.
-        error: the root of the sum of the squares of the three errors ``[]``: one sigma of the reported interval.
+        error: the root of the sum of the squares of the three errors ``[]``: one sigma of the reported interval; NaN
+            where log p is not finite.
         nfe: evaluations of the velocity in the reported solve ``[]``.
         status: of the solve, ``solvers.OK`` if it reached the end ``[]``.
         quadrature_error: what the quadrature may leave in ``log_prob``, in nats ``[]``: its change from the next
             coarser rule; zero where the divergence is in the solve.
-        num_divergences: how many divergences were taken, at nodes or in the solve ``[]``.
+        num_divergences: how many divergences are in ``log_prob``, at nodes or in the solve ``[]``.
     """
 
     log_prob: Array
@@ -119,8 +120,9 @@ def log_prob(
         log_base: log-density of the base distribution, ``z [*event] -> []``; N(0, I) by default.
         rule: where to take the divergences, from ``quadrature``, such as ``quadrature.gauss_legendre(8)``; ``None``
             takes them in the solve.
-        clock: the variable in which the rule's nodes lie, ``t [] -> []``, monotone and finite from t_data to t_base:
-            for a diffusion whose divergence is steep near the data, its log signal-to-noise ratio. ``None`` is t.
+        clock: the variable in which the rule's nodes lie, ``t [] -> []``: monotone from t_data to t_base, both ends
+            included finite and with a derivative that is neither zero nor infinite. For a diffusion whose divergence is
+            steep near the data, its log signal-to-noise ratio. ``None`` is t.
         **options: those of ``solvers.odeint``: ``rtol``, ``atol``, ``solver``, ``stepsize_controller``, ``dt0``,
             ``adjoint``, ``max_steps``, ``throw``.
 
@@ -136,13 +138,15 @@ def log_prob(
     _check_times(t_data, t_base)
     if rule is not None:
         ts, weights = _nodes(rule, clock, t_data, t_base, x.dtype)
+        own = _probes_at_nodes(x, probes, len(ts))
         solution = solvers.solve_ode(velocity, x, args, t0=t_data, t1=t_base, ts=ts, **options)
         divergence_at, args = _own_divergence(velocity, divergence, probes, args)
-        own = _probes_at_nodes(x, probes, len(ts))
-        values = jax.vmap(lambda t, y, e: divergence_at(t, y, args, e)[1], (0, 0, None if own is None else 0))(
-            ts, solution.xs, own
-        )
-        return _base(log_base, solution.x) + jnp.sum(weights * values)
+        with jax.default_matmul_precision("highest"):
+            values = jax.vmap(lambda t, y, e: divergence_at(t, y, args, e)[1], (0, 0, None if own is None else 0))(
+                ts, solution.xs, own
+            )
+        value = _base(log_base, solution.x) + jnp.sum(weights * values)
+        return jnp.where(solution.status == solvers.OK, value, jnp.nan)
     if clock is not None:
         raise ValueError("clock was given without a rule, whose nodes it would place: pass rule too.")
     field, args = _with_divergence(velocity, divergence, probes, args)
@@ -312,8 +316,10 @@ def likelihood(
     """log p(x) of one example, with its error bar.
 
     The solver finds x(t) alone, and the divergences are taken at the nodes of a Clenshaw-Curtis rule, 9 of them and
-    then twice as many each time, until the rule agrees with the coarser one to within the tolerance
-    atol + rtol |log p|, or as well as the noise of the probes lets one see, or has ``max_nodes``.
+    then twice as many each time, until there is a node for every two steps of the solver and the rule agrees with the
+    coarser one, to within the tolerance atol + rtol |log p| or as well as the noise of the probes lets one see; or
+    until there are ``max_nodes``. A peak of the divergence that is narrower than the nodes' spacing, and that the
+    solver's steps know nothing of, is missed, and the interval does not tell: ``in_solve`` is for such fields.
 
     The divergence is exact, unless probes are asked for in one of two ways. With a ``key``, node q has rows q k to
     q k + k - 1 of a randomised Hadamard matrix, k = ``num_probes``, counted round and round: no row is used again
@@ -383,6 +389,10 @@ def likelihood(
         if key is not None or clock is not None:
             raise ValueError("key and clock are for divergences at nodes: with in_solve=True pass probes instead.")
         return _likelihood_in_solve(solve, args, probes)
+    if key is not None:
+        _checks.typed_key(key)
+        if _checks.positive_integer("num_probes", num_probes, 2) & (num_probes - 1):
+            raise ValueError(f"num_probes must be a power of two, at least 2, got {num_probes}.")
     structured = isinstance(velocity, StructuredField)
     if key is not None and (structured or x.size <= max(_FEW_DIMENSIONS, num_probes)):
         key = None
@@ -404,8 +414,13 @@ class _Solve(NamedTuple):
 
     def error(self, value: Array, change: Array) -> Array:
         """The solver's error from the change between the two, with the tolerance of one step as its floor."""
-        floor = 0.1 * (self.loose["atol"] + self.loose["rtol"] * jnp.abs(value))
+        floor = 0.1 * (self.loose["atol"] + (self.loose["rtol"] + 40 * jnp.finfo(value.dtype).eps) * jnp.abs(value))
         return jnp.maximum(jnp.abs(change), jnp.asarray(floor, value.dtype))
+
+    def tolerance(self, value: Array) -> Array:
+        """Of the quadrature."""
+        tolerance = self.tight["atol"] + (self.tight["rtol"] + 4 * jnp.finfo(value.dtype).eps) * jnp.abs(value)
+        return jnp.asarray(tolerance, value.dtype)
 
 
 def _likelihood_in_solve(solve: _Solve, args: Args, probes: Array | None) -> Likelihood:
@@ -499,7 +514,8 @@ def _likelihood_at_nodes(
         chunks, values = state
         level_done = (chunks & (chunks + 1)) == 0
         value, _, quadrature_error, noise = judged(_level(chunks, nested), values)
-        close = quadrature_error <= jnp.maximum(noise, solve.error(value, jnp.zeros_like(value)))
+        close = quadrature_error <= jnp.maximum(noise, solve.tolerance(value))
+        close &= 2 * (_FIRST + _CHUNK * chunks) >= jnp.minimum(solution.num_steps, 2 * max_nodes)
         close |= ~jnp.isfinite(value)
         return (chunks < nested.num_chunks) & ~(level_done & close)
 
@@ -517,7 +533,9 @@ def _likelihood_at_nodes(
     change = jnp.abs(jnp.sum(rule[0, :_FIRST] * jnp.mean(values[:_FIRST, :few] - loosely, axis=1)))
     # the two changes often have opposite signs, and may cancel by chance
     solver_error = solve.error(value, jnp.abs(base - _base(solve.log_base, loose.x)) + change)
-    error = jnp.sqrt(stderr**2 + solver_error**2 + quadrature_error**2)
+    value = jnp.where(solution.status == solvers.OK, value, jnp.nan)
+    solver_error = jnp.where(loose.status == solvers.OK, solver_error, jnp.nan)
+    error = jnp.where(jnp.isfinite(value), jnp.sqrt(stderr**2 + solver_error**2 + quadrature_error**2), jnp.nan)
     num_divergences = _FIRST + _CHUNK * chunks
     return Likelihood(
         value, stderr, solver_error, error, solution.nfe, solution.status, quadrature_error, num_divergences
@@ -537,7 +555,8 @@ class _Nested(NamedTuple):
 
 
 def _nested_rule(max_nodes: int) -> _Nested:
-    levels = int(max_nodes - 1).bit_length() - 4
+    max_nodes = _checks.positive_integer("max_nodes", max_nodes, 9)
+    levels = (max_nodes - 1).bit_length() - 4
     if max_nodes != 8 * 2**levels + 1 or levels < 0:
         raise ValueError(f"max_nodes must be 9, 17, 33, 65, 129, ..., got {max_nodes}.")
     weights: list[np.ndarray] = []
@@ -570,8 +589,6 @@ class _Hadamard(NamedTuple):
     @classmethod
     def draw(cls, key: Array, x: Array, num: int) -> "_Hadamard":
         """For examples like ``x``, ``num`` rows a node."""
-        if num < 2 or num & (num - 1):
-            raise ValueError(f"num_probes must be a power of two, at least 2, got {num}.")
         return cls(hadamard_matrix(key, x.size, x.dtype), x.shape, num)
 
     def at_node(self, q: Array) -> Array:
@@ -590,20 +607,15 @@ class _Hadamard(NamedTuple):
 
         rows in equal use cancel. rho(u) = 1 / (1 + kappa u^2), and kappa is what makes 2 (1 - rho) the mean square of
         the differences of a row's forms at two nodes, each over s_q. Where no two nodes share rows, rho(u) is taken as
-        zero for u != 0, which gives an upper bound. For few rows s_q is uncertain: it is smoothed, log s_q^2 being a
-        parabola in u, the ``places`` of the nodes.
+        zero for u != 0, which gives an upper bound. Of few rows s_q is uncertain, so that less cancels than should:
+        for a Jacobian that does not change the result is too large. Where the forms change sign along the path, rho
+        does too, and the result is up to a sixth too small. u is in ``places``, from 0 to 1.
         """
         num_rows = len(self.matrix.order)
         num_groups = num_rows // self.num
-        visited = weights != 0
         centred = values - jnp.mean(values, axis=1, keepdims=True)
         squares = jnp.sum(centred**2, axis=1) / (self.num - 1) * ((num_rows - 1) / num_rows)
-        tiny = jnp.finfo(values.dtype).tiny
-        powers = jnp.where(visited[:, None], jnp.stack([jnp.ones_like(places), places, places**2], axis=1), 0.0)
-        logs = jnp.where(visited, jnp.log(jnp.maximum(squares, tiny)), 0.0)
-        smooth = jnp.where(visited, jnp.exp(powers @ jnp.linalg.solve(powers.T @ powers, powers.T @ logs)), 0.0)
-        level = jnp.sum(squares * weights**2) / jnp.maximum(jnp.sum(smooth * weights**2), tiny)
-        scale = jnp.sqrt(level * smooth)
+        scale = jnp.sqrt(squares)
         a = weights * scale
         groups = np.arange(len(values)) % num_groups
         share = jnp.asarray(groups[:, None] == groups[None, :])
@@ -614,7 +626,7 @@ class _Hadamard(NamedTuple):
         distances = (places[:, None] - places[None, :]) ** 2
         total = jnp.where(jnp.sum(again) > 0, jnp.sum(again), 1.0)
         own = jnp.clip(jnp.sum(again * differences) / total / (2 * (self.num - 1)), 0.0, 0.99)
-        kappa = own / (1 - own) * total / jnp.maximum(jnp.sum(again * distances), tiny)
+        kappa = own / (1 - own) * total / jnp.maximum(jnp.sum(again * distances), jnp.finfo(values.dtype).tiny)
         rho = jnp.where(jnp.sum(again) > 0, 1 / (1 + kappa * distances), jnp.eye(len(values), dtype=values.dtype))
         signed = rho * (jnp.where(share, num_groups, 0.0) - 1) / (num_rows - 1)
         return jnp.maximum(a @ signed @ a, 0.0)
@@ -623,12 +635,17 @@ class _Hadamard(NamedTuple):
 def _nodes(
     rule: Quadrature, clock: Callable[[Array], Array] | None, t_data: float | Array, t_base: float | Array, dtype: Any
 ) -> tuple[Array, Array]:
-    """The rule's nodes as times from t_data to t_base, and its weights times dt/du there."""
+    """The rule's nodes as times from t_data to t_base, and its weights times dt/du there; NaN for a bad clock."""
+    if not isinstance(rule, Quadrature):
+        raise TypeError(
+            f"rule must be a quadrature.Quadrature, got {type(rule).__name__}: quadrature.gauss_legendre(8)."
+        )
     u, weights = jnp.asarray(rule.nodes, dtype), jnp.asarray(rule.weights, dtype)
-    start, end = jnp.asarray(t_data, dtype), jnp.asarray(t_base, dtype)
+    start, end = _checks.one_time(t_data, dtype), _checks.one_time(t_base, dtype)
     if clock is None:
-        return start + u * (end - start), weights * (end - start)
-    first, last = clock(start), clock(end)
+        ts = start * (1 - u) + end * u
+        return jnp.clip(ts, jnp.minimum(start, end), jnp.maximum(start, end)), weights * (end - start)
+    first, last = _checks.like("clock", clock(start), (), dtype), _checks.like("clock", clock(end), (), dtype)
     if _checks.concrete((first, last)) and not (np.isfinite(first) and np.isfinite(last) and first != last):
         raise ValueError(
             f"clock must go from one finite value to another, got {float(first)} at t_data and {float(last)} at "
@@ -642,11 +659,28 @@ def _nodes(
         beyond = (jax.vmap(clock)(middle) - wanted) * jnp.sign(last - first) > 0
         return jnp.where(beyond, low, middle), jnp.where(beyond, middle, high)
 
+    def rate(ts: Array) -> Array:
+        return jax.vmap(lambda t: jax.jvp(clock, (t,), (jnp.ones_like(t),))[1])(ts)
+
     bracket = jnp.broadcast_to(start, u.shape), jnp.broadcast_to(end, u.shape)
-    low, high = jax.lax.fori_loop(0, jnp.finfo(dtype).nmant + 8, halve, bracket)
-    ts = jax.lax.stop_gradient(0.5 * (low + high))
-    rate = jax.vmap(lambda t: jax.jvp(clock, (t,), (jnp.ones_like(t),))[1])(ts)
-    return ts, weights * (last - first) / rate
+    low, high = jax.lax.fori_loop(0, jnp.finfo(dtype).nmant + 8, halve, jax.lax.stop_gradient(bracket))
+    found = jnp.where(u == 0, start, jnp.where(u == 1, end, 0.5 * (low + high)))
+    found = jax.lax.stop_gradient(found)
+    # Newton's step, which is zero but for its derivative: the times move with the clock and with both ends
+    ts = found - _only_derivative(jax.vmap(clock)(found) - wanted) / jax.lax.stop_gradient(rate(found))
+    rates = (last - first) / rate(ts)
+    sound = jnp.all(jnp.isfinite(rates) & (rates * (end - start) > 0))
+    if _checks.concrete(sound) and not sound:
+        raise ValueError(
+            "clock must be monotone from t_data to t_base, with a derivative that is neither zero nor infinite, both "
+            "ends included: move t_data or t_base, or pass clock=None."
+        )
+    return ts, jnp.where(sound, weights * rates, jnp.nan)
+
+
+def _only_derivative(value: Array) -> Array:
+    """Zero, with the derivative of ``value``."""
+    return value - jax.lax.stop_gradient(value)
 
 
 def _probes_at_nodes(x: Array, probes: Array | None, num_nodes: int) -> Array | None:

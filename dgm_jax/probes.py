@@ -221,7 +221,9 @@ def hadamard_matrix(key: Array, m: int, dtype: Any = jnp.float32) -> HadamardMat
 
     Raises:
         TypeError: an old-style key.
+        ValueError: ``m`` less than 1.
     """
+    m = positive_integer("m", m)
     key_signs, key_rows = jax.random.split(typed_key(key))
     order = jax.random.permutation(key_rows, 1 << (m - 1).bit_length())
     return HadamardMatrix(jax.random.rademacher(key_signs, (m,), dtype), order)

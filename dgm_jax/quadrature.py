@@ -4,7 +4,7 @@
 
                        nodes                        exact for polynomials of degree
     gauss_legendre     zeros of Legendre's P_num    2 num - 1
-    clenshaw_curtis    (1 - cos(pi q / N)) / 2      num - 1, both ends and the next coarser rule's nodes among them
+    clenshaw_curtis    (1 - cos(pi q / N)) / 2      num, both ends and the next coarser rule's nodes among them
     stratified         one at random in each 1/num  0, but its mean over draws is the integral of any f
 
 Where an integrand is known to be smooth, Gauss-Legendre needs about half the nodes of a Clenshaw-Curtis rule at very

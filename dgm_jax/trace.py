@@ -388,7 +388,8 @@ def xtrace(matvec: Matvec, probes: Any, *, normalize: bool = False) -> Estimate:
 
     Args:
         matvec: e -> A e, ``[*event] -> [*event]``, or between pytrees.
-        probes: ``[n, *event]`` of identity covariance, independent, n from 1 to m.
+        probes: ``[n, *event]`` of identity covariance, independent, n from 1 to m. In fewer than about 15 dimensions
+            from ``probes.sphere`` or ``probes.gaussian``: two equal Rademacher vectors, which come up there, bias it.
         normalize: give each u_i the squared norm m - n + 1, its mean, so that its length makes no noise. Only for
             ``probes.sphere`` and ``probes.gaussian``: with others the estimate is biased.
 
@@ -444,8 +445,9 @@ def xnystrace(matvec: Matvec, probes: Any, *, normalize: bool = False) -> Estima
 
     Returns:
         The mean of the t_i ``[]`` and their standard deviation over sqrt(n) ``[]``: a rule of thumb, since the t_i
-        are not independent; infinite for n = 1. NaN where H is not symmetric or has an eigenvalue below zero by more
-        than rounding: then A is not what this estimator is for, and ``xtrace`` is.
+        are not independent, and too small, by half in the worst case seen; infinite for n = 1. NaN where H is not
+        symmetric or has an eigenvalue below zero by more than rounding: then A is not what this estimator is for, and
+        ``xtrace`` is.
 
     Raises:
         TypeError: ``probes`` not of floats of one dtype, or A e of another dtype.

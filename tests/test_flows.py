@@ -374,13 +374,13 @@ def test_intervals_of_spread_probes_cover_the_truth():
     assert float(jnp.std(fixed.log_prob - truth)) > 1.5 * float(error.std())
 
 
-@pytest.mark.parametrize(("num_nodes", "num", "most"), [(6, 2, 1.7), (6, 4, 3), (16, 4, 1.2), (12, 16, 1.2)])
+@pytest.mark.parametrize(("num_nodes", "num", "most"), [(6, 2, 1.2), (6, 4, 1.2), (16, 4, 0.35), (12, 16, 0.2)])
 def test_the_variance_of_rows_spread_over_nodes(num_nodes, num, most):
     """Matrices A + 0.3 u B in 20 dimensions: the reported variance against that of 4,000 draws of the rows.
 
-    It is never less, by more than the noise of 4,000 draws (4.5 standard errors of a variance are 10 per cent). Where
-    all of the 32 rows were used, and some twice, it is the variance, a small part of that of independent probes. Where
-    no row was used twice it is a bound, the looser the more of them were used: 12 and 24.
+    It is never less, by more than the noise of 4,000 draws (4.5 standard errors of a variance are 10 per cent). The
+    more of the 32 rows were used, and the more often, the more of their errors cancel: of that the report sees a part,
+    so that it is above the variance, and where rows were used twice well below that of independent probes.
     """
     rng = np.random.default_rng(3)
     a, b = (jnp.asarray(rng.normal(size=(20, 20))) for _ in range(2))
@@ -402,11 +402,64 @@ def test_the_variance_of_rows_spread_over_nodes(num_nodes, num, most):
     values, variances = draw(jax.random.split(jax.random.key(0), 4000))
     trace = jnp.trace(a) + 0.3 * jnp.trace(b) / 2
     assert abs(float(values.mean() - trace)) < 4.5 * float(values.std()) / 4000**0.5
-    assert 0.9 < float(variances.mean() / values.var()) < most
+    assert float(variances.mean()) > 0.9 * float(values.var())
     middle = a + 0.15 * b
     symmetric = (middle + middle.T) / 2
     independent = 2 * (jnp.sum(symmetric**2) - jnp.sum(jnp.diagonal(symmetric) ** 2)) / (num_nodes * num)
-    assert float(variances.mean()) < (1.2 if num_nodes * num <= 32 else 0.3) * float(independent)
+    assert float(variances.mean()) < most * float(independent)
+
+
+@slow
+def test_a_narrow_peak_of_the_divergence_is_seen():
+    """A fast rotation, which makes the solver take small steps, and a contraction at t = 0.2275 of width 0.01."""
+    turn = 40 * jnp.array([[0.0, 1.0], [-1.0, 0.0]])
+
+    def field(t, x, args):
+        return turn @ x - norm_pdf((t - 0.2275) / 0.01) / 0.01 * x
+
+    def norm_pdf(u):
+        return jnp.exp(-0.5 * u**2) / jnp.sqrt(2 * jnp.pi)
+
+    x = jnp.array([1.0, 0.5])
+    exact = -jnp.log(2 * jnp.pi) - 0.5 * jnp.sum((x * jnp.exp(-1.0)) ** 2) - 2.0
+    found = jax.jit(lambda x: flows.likelihood(field, x, **TIMES))(x)
+    assert abs(float(found.log_prob - exact)) <= 2 * float(found.error)
+    assert float(found.error) < 0.1
+
+
+@slow
+def test_gradients_by_the_ends_and_by_a_learned_clock():
+    """Those of a clock are zero, whatever it is: it moves the nodes of an integral that is already exact."""
+    rule = quadrature.gauss_legendre(16)
+
+    def log_prob(t_data, t_base, power, rule):
+        clock = None if rule is None else lambda t: (t + 0.1) ** power
+        options = {"t_data": t_data, "t_base": t_base, "rtol": 1e-9, "atol": 1e-9}
+        return flows.log_prob(curved, X, A, rule=rule, clock=clock, **options)
+
+    ends = jax.grad(log_prob, (0, 1))(0.0, 1.0, 0.7, None)
+    with_clock = jax.grad(log_prob, (0, 1, 2))(0.0, 1.0, 0.7, rule)
+    assert_trees_all_close(with_clock, (*ends, 0.0), atol=1e-5)
+
+
+def test_a_failed_solve_is_nan_at_nodes_too():
+    """Even with a base density that is finite where z is NaN, and a divergence that does not look at x."""
+    uniform = lambda z: jnp.where(jnp.any(jnp.abs(z) > 5), -jnp.inf, -3 * jnp.log(10.0))  # noqa: E731
+    failing = {"log_base": uniform, "max_steps": 2, "throw": False, **TIMES}
+    assert np.isnan(flows.log_prob(linear, X, A, rule=quadrature.gauss_legendre(8), **failing))
+    found = flows.likelihood(linear, X, A, **failing)
+    assert np.isnan(found.log_prob)
+    assert np.isnan(found.error)
+
+
+@slow
+def test_ends_that_rounding_would_move():
+    """float32: 1 + (0.001 - 1) is not 0.001, and a solver's times must not go beyond its end."""
+    x, a = X.astype(jnp.float32), A.astype(jnp.float32)
+    found = flows.likelihood(linear, x, a, t_data=1.0, t_base=0.001)
+    z = expm(-0.999 * np.asarray(A)) @ np.asarray(X)
+    expected = norm.logpdf(z).sum() - 0.999 * np.trace(A)
+    assert abs(float(found.log_prob) - expected) < 1e-4
 
 
 # ---- bad input
@@ -432,8 +485,15 @@ def test_equal_times(function):
         (flows.likelihood, {"stepsize_controller": diffrax.StepTo(jnp.linspace(0, 1, 5))}, ValueError, "loosening"),
         (flows.likelihood, {"key": jax.random.key(0), "probes": jnp.ones((2, 3))}, ValueError, "two ways to choose"),
         (flows.likelihood, {"key": jax.random.key(0), "in_solve": True}, ValueError, "in_solve=True pass probes"),
+        (flows.likelihood, {"max_nodes": 9.0}, ValueError, "max_nodes must be an integer of at least 9"),
         (flows.likelihood, {"max_nodes": 20}, ValueError, r"9, 17, 33, 65, 129, \.\.\., got 20"),
         (flows.likelihood, {"clock": jnp.log}, ValueError, "clock must go from one finite value to another, got -inf"),
+        (flows.likelihood, {"clock": jnp.square}, ValueError, "clock must be monotone"),
+        (flows.likelihood, {"clock": lambda t: jnp.sin(3 * t)}, ValueError, "clock must be monotone"),
+        (flows.likelihood, {"clock": lambda t: jnp.stack([t, t])}, ValueError, "clock returned shape"),
+        (flows.likelihood, {"key": jax.random.key(0), "num_probes": 10}, ValueError, "power of two.*got 10"),
+        (flows.likelihood, {"key": jax.random.PRNGKey(0)}, TypeError, "typed key"),
+        (flows.log_prob, {"rule": quadrature.gauss_legendre}, TypeError, "rule must be a quadrature.Quadrature"),
         (flows.log_prob, {"clock": jnp.exp}, ValueError, "clock was given without a rule"),
         (
             flows.log_prob,

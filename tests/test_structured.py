@@ -147,9 +147,7 @@ OT_FLOWS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "narrow" else pytest.param(name, marks=slow) for name in OT_FLOWS]
-)
+@pytest.mark.parametrize("name", [name if name == "narrow" else pytest.param(name, marks=slow) for name in OT_FLOWS])
 def test_an_optimal_transport_flow_is_a_gradient_and_knows_its_divergence(name):
     d, width, layers = OT_FLOWS[name]
     net = networks.OTFlow(width=width, layers=layers, rank=4, **F64)
@@ -181,9 +179,7 @@ ENERGIES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "narrow" else pytest.param(name, marks=slow) for name in ENERGIES]
-)
+@pytest.mark.parametrize("name", [name if name == "narrow" else pytest.param(name, marks=slow) for name in ENERGIES])
 def test_an_energy_knows_its_laplacian(name):
     net, d = ENERGIES[name]
     _, t, x, params = built(net, d)

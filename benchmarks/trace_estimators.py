@@ -1,0 +1,1171 @@
+"""How wrong is an estimate of a trace after so many products, and what does a divergence cost beside its field?
+
+    pip install traceax matfree folx                                    # the peers; those that are missing are left out
+    python benchmarks/trace_estimators.py
+    python benchmarks/trace_estimators.py --parts errors --graph edges.txt      # and the triangles of a graph
+
+Four parts, each of which ``--parts`` can name:
+
+errors      Relative error, root mean square over draws (and examples: over the root mean square of their traces),
+            against the number of products, in float64. Maps: five spectra in a random basis of 200 dimensions (flat,
+            linear, i^-2, 0.7^i, a step); Jacobians dv/dx of tanh networks on the 8 x 8 digits, at the start and after
+            flow matching, at random t and x_t of test digits; with ``--graph``, the cube of an adjacency matrix, whose
+            trace is six times the number of triangles. Groups of coordinates are learnt from Jacobians at other digits
+            than those tested. Every draw of ``trace.choose`` has pilots of its own, max(4, products / 2) of them, which
+            are not counted: its estimator may be kept for many estimates. Beside it: how often a two-sigma interval
+            holds the trace.
+costs       Time over one evaluation of the field f, float32: a tanh network of two hidden layers of h units, v(t, x),
+            m dimensions, a batch of B. One probe, 16 probes, the exact trace by products, and the one that a field of
+            ``networks.vector_field`` offers, its tables being made once, before. Every way returns f(x) too, and every
+            evaluation is one of several in a row inside one compiled loop, as in a solve, with nothing carried over. Of
+            the rounds the fastest counts.
+gradients   value_and_grad by the parameters of mean(f^2 + div f), over that of mean(f^2) alone. The field's own
+            divergence makes its tables anew.
+laplacians  Of a scalar network u(t, x), over one evaluation of u.
+
+Peers in the same run, on the same f, which they see through its products J e of ``jax.jvp``: traceax and matfree. For
+the costs, both get the same probes as data as our functions do: traceax from a sampler that hands them out, matfree in
+place of the key, which only its sampler reads. For the errors they draw their own, from the same keys, by which
+matfree's draws are ours. Laplacians: folx.
+
+Targets stand beside what was found in the last table. About eight minutes on two CPU cores that others use too; fewer
+of --widths, --sizes and --batches make it shorter.
+"""
+
+import functools
+import importlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from _timing import Ratio, Seconds, measure, show, write
+
+from dgm_jax import datasets, divergence, networks, probes, runs, trace, training
+from dgm_jax.types import Array, VectorField
+
+PARTS = ("errors", "costs", "gradients", "laplacians")
+PROBES = ("rademacher", "gaussian", "sphere", "orthogonal", "hadamard")
+CHOOSES = ("hadamard", "hutch_pp", "xtrace", "xnystrace")
+PEERS = {
+    "traceax Hutchinson": "rademacher",
+    "traceax Hutch++": "hutch_pp",
+    "traceax XTrace": "xtrace",
+    "traceax XNysTrace": "xnystrace",
+    "matfree Hutchinson": "rademacher",
+    "matfree XTrace": "xtrace",
+}  # and which of ours they are to be compared with
+ONE_BY_ONE = ("xnystrace", "traceax XNysTrace", "traceax XTrace", "matfree XTrace")
+"""Draws of these follow each other: on a CPU, batches of independent decompositions, run at once, can stand still."""
+COLORS = {
+    "rademacher": "#0072B2", "gaussian": "#56B4E9", "sphere": "#999999", "orthogonal": "#8C6D31",
+    "hadamard": "#CC79A7", "groups": "#000000", "hutch_pp": "#E69F00", "na_hutch_pp": "#F0E442",
+    "xtrace": "#009E73", "xnystrace": "#D55E00", "choose": "#7F0000",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which parts, which sizes, and how often."""
+
+    out: str = "runs/benchmarks"
+    """Folder of the results."""
+    parts: tuple[str, ...] = PARTS
+    """Which of errors, costs, gradients and laplacians."""
+    graph: str | None = None
+    """A file with one edge a line, two node numbers first: its triangles are counted too."""
+    dimension: int = 200
+    """Of the known spectra."""
+    products: tuple[int, ...] = (6, 24, 96)
+    """Numbers of products on the known spectra and the graph, multiples of 6 that the peers can use up."""
+    field_products: tuple[int, ...] = (4, 8, 16, 32)
+    """Numbers of products on the Jacobians, below their 64 dimensions."""
+    draws: int = 384
+    """Draws of the probes: on one known spectrum, and over all examples of a field."""
+    graph_draws: int = 64
+    """Draws of the probes on the graph."""
+    pilots: int = 6
+    """Draws of the pilots of ``trace.choose``."""
+    examples: int = 64
+    """Test digits whose Jacobians are looked at; eight times as many training digits teach the groups."""
+    field_widths: tuple[int, ...] = (64, 512)
+    """Units of each of the two hidden layers of the trained fields."""
+    train_steps: int = 4000
+    """Training steps of the narrowest field; the others get fewer, by their widths, but a quarter at least."""
+    widths: tuple[int, ...] = (64, 512)
+    """h of the costs."""
+    sizes: tuple[int, ...] = (2, 64, 784, 3072)
+    """m of the costs."""
+    batches: tuple[int, ...] = (1, 64, 512)
+    """B of the costs."""
+    exact_batch: int = 64
+    """The batch at which the exact trace is timed, up to m = 784; that of the gradients and Laplacians too."""
+    laplacian_sizes: tuple[int, ...] = (8, 64, 784)
+    """m of the Laplacians, at the smallest h."""
+    target_seconds: float = 0.003
+    """Evaluations in a row, until they take about this long."""
+    seconds: float = 1.0
+    """What all rounds of one cell may take together, about; three rounds there are at least, but two of slow ones."""
+    repeats: int = 15
+    """Rounds, at most."""
+
+
+class Target(NamedTuple):
+    """A number, and what it should be: at most ``high``, at least ``low``."""
+
+    name: str
+    value: float
+    low: float = -np.inf
+    high: float = np.inf
+
+
+def peers() -> dict[str, Any]:
+    """The peers that are installed, by name; of the others it is said that they are missing."""
+    found: dict[str, Any] = {}
+    for name, module in {"traceax": "traceax", "matfree": "matfree.stochtrace", "folx": "folx"}.items():
+        try:
+            found[name] = importlib.import_module(module)
+        except ImportError:
+            runs.say(f"{name} is not installed and is left out: pip install {name}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+
+class Map(NamedTuple):
+    """Linear maps, alike but for their numbers.
+
+    Attributes:
+        name: what the tables call it.
+        apply: (numbers of one map, e) -> A e; the same function for maps that can share what is compiled.
+        data: the numbers of every map, one in front of the other, ``[examples, ...]``.
+        m: entries of e.
+        truth: the traces ``[examples]``.
+        positive: whether they are symmetric and positive semidefinite.
+        groups: number of groups -> the group of each coordinate; where they could be learnt.
+        one_by_one: whether the draws follow each other, to save memory.
+    """
+
+    name: str
+    apply: Callable[[Any, Array], Array]
+    data: Any
+    m: int
+    truth: np.ndarray
+    positive: bool = False
+    groups: Mapping[int, np.ndarray] | None = None
+    one_by_one: bool = False
+
+
+def product(a: Array, e: Array) -> Array:
+    """A e of a matrix."""
+    return a @ e
+
+
+def spectra(m: int) -> list[Map]:
+    """The families by which Hutch++ and XTrace were tried, each in one random basis."""
+    i = np.arange(m)
+    families = {
+        "flat": 3 - 2 * i / (m - 1),
+        "linear": 1 - i / m,
+        "i^-2": (i + 1.0) ** -2,
+        "0.7^i": 0.7**i,
+        "step": np.where(i < m // 4, 1.0, 1e-3),
+    }
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(m, m)))[0]
+    maps = []
+    for name, values in families.items():
+        a = (basis * values) @ basis.T
+        maps.append(Map(name, product, jnp.asarray((a + a.T) / 2)[None], m, values.sum()[None], positive=True))
+    return maps
+
+
+def digits() -> tuple[Array, Array]:
+    """Training and test digits, ``[num, 64]``, dequantised, between -1 and 1."""
+    images, noise = datasets.digits(), np.random.default_rng(0)
+    train, test = (
+        jnp.asarray((pixels.reshape(len(pixels), -1) + noise.uniform(size=(len(pixels), 64))) / 8.5 - 1, jnp.float32)
+        for pixels in (images.train, images.test)
+    )
+    return train, test
+
+
+def make_field(width: int, m: int) -> tuple[VectorField, Any]:
+    """A tanh network of two hidden layers, its last layer not zero, and its parameters."""
+    net = networks.MLP((width, width), last_init=jax.nn.initializers.lecun_normal())
+    return networks.vector_field(net), net.init(jax.random.key(0), jnp.zeros(()), jnp.zeros(m))
+
+
+def path(key: Array, rows: Array) -> tuple[Array, Array, Array]:
+    """t uniform, z normal, x_t = (1 - t) x + t z of every row: t, x_t and the velocity z - x."""
+    key_t, key_z = jax.random.split(key)
+    t, z = jax.random.uniform(key_t, rows.shape[:1]), jax.random.normal(key_z, rows.shape)
+    return t, (1 - t[:, None]) * rows + t[:, None] * z, z - rows
+
+
+def train(field: VectorField, params: Any, data: Array, num_steps: int) -> Any:
+    """Parameters after flow matching, E|v(t, x_t) - (z - x)|^2."""
+
+    def loss(params: Any, key: Array, rows: Array) -> Array:
+        t, x, velocity = path(key, rows)
+        return jnp.mean((jax.vmap(field, (0, 0, None))(t, x, params) - velocity) ** 2)
+
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, num_steps))
+
+    @jax.jit
+    def scan(params: Any) -> tuple[Any, Array]:
+        def step(carry: Any, n: Array) -> tuple[Any, Array]:
+            params, state = carry
+            rows = data[training.batch_indices(jax.random.key(2), n, len(data), 256)]
+            value, gradient = jax.value_and_grad(loss)(params, jax.random.fold_in(jax.random.key(1), n), rows)
+            updates, state = optimizer.update(gradient, state)
+            return (optax.apply_updates(params, updates), state), value
+
+        (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(num_steps))
+        return params, losses
+
+    params, losses = scan(params)
+    runs.say(f"flow matching, {num_steps} steps: loss {float(losses[:100].mean()):.3f} -> {float(losses[-1]):.3f}")
+    return params
+
+
+def fields(config: Config) -> list[Map]:
+    """Jacobians of the networks, at the start and trained; in float64 from here on."""
+    train_digits, test_digits = digits()
+    maps = []
+    for width in config.field_widths:
+        steps = max(config.train_steps // 4, config.train_steps * min(config.field_widths) // width, 1)
+        field, start = make_field(width, 64)
+
+        def jacobians(params: Any, key: Array, rows: Array, field: VectorField = field) -> np.ndarray:
+            t, x, _ = path(key, rows)
+            return np.asarray(jax.jit(jax.vmap(jax.jacfwd(field, 1), (0, 0, None)))(t, x, params), np.float64)
+
+        for state, params in (("at the start", start), ("trained", train(field, start, train_digits, steps))):
+            tested = jacobians(params, jax.random.key(5), test_digits[: config.examples])
+            others = jacobians(params, jax.random.key(6), train_digits[: 8 * config.examples])
+            groups = {k: probes.learn_groups((others + others.swapaxes(1, 2)) / 2, k) for k in config.field_products}
+            with jax.enable_x64(True):
+                data = jnp.asarray(tested)
+            maps.append(Map(f"digits h={width}, {state}", product, data, 64, np.trace(tested, 0, 1, 2), groups=groups))
+    return maps
+
+
+def graph_map(file: str) -> Map:
+    """e -> A^3 e, A the adjacency matrix of the graph, without loops or directions."""
+    lines = [line.split()[:2] for line in Path(file).read_text().splitlines() if line.strip() and line[0] not in "#%"]
+    if not lines:
+        raise ValueError(f"graph {file} has no edges: one a line, two node numbers first.")
+    nodes, ends = np.unique(np.asarray(lines).ravel(), return_inverse=True)
+    pairs = np.sort(ends.reshape(-1, 2), axis=1)
+    pairs = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
+    near: list[set[int]] = [set() for _ in nodes]
+    for i, j in pairs.tolist():
+        near[i].add(j)
+        near[j].add(i)
+    closed = 2 * sum(len(near[i] & near[j]) for i, j in pairs.tolist())  # each triangle six times
+    here, there = np.concatenate([pairs, pairs[:, ::-1]]).T
+
+    def apply(edges: tuple[Array, Array], e: Array) -> Array:
+        here, there = edges
+        for _ in range(3):
+            e = jax.ops.segment_sum(e[there], here, num_segments=len(nodes))
+        return e
+
+    data = (jnp.asarray(here)[None], jnp.asarray(there)[None])
+    runs.say(f"{file}: {len(nodes)} nodes, {len(pairs)} edges, {closed // 6} triangles")
+    name = f"{Path(file).stem}, A^3"
+    return Map(name, apply, data, len(nodes), np.asarray([float(closed)]), one_by_one=True)
+
+
+Estimator = Callable[[Callable[[Array], Array], Array, Array], trace.Estimate]  # (matvec, key, x) -> Estimate
+
+
+def hutch_pp_split(k: int) -> tuple[int, int]:
+    """s and g of Hutch++: a third of the products for the sketch, a third for its products, the rest for the rest."""
+    s = max(k // 3, 1)
+    return s, k - 2 * s
+
+
+def ours(name: str, k: int, m: int, groups: Mapping[int, np.ndarray] | None = None) -> Estimator | None:
+    """The estimator of that name with k products; ``None`` where it cannot use them."""
+    if name in PROBES:
+        population = {"orthogonal": m, "hadamard": 1 << (m - 1).bit_length()}.get(name)
+        estimator = partial(trace.hutchinson, population=population)
+        return lambda matvec, key, x: estimator(matvec, getattr(probes, name)(key, x, k))
+    if name == "groups":
+        if groups is None:
+            return None
+        return lambda matvec, key, x: trace.grouped(matvec, probes.grouped(key, x, groups[k]))
+    if name == "hutch_pp":
+        s, g = hutch_pp_split(k)
+        return lambda matvec, key, x: trace.hutch_pp(matvec, probes.rademacher(key, x, s + g), sketch=s)
+    if name == "na_hutch_pp":
+        return lambda matvec, key, x: trace.na_hutch_pp(matvec, probes.rademacher(key, x, k))
+    estimator, num = {"xtrace": (trace.xtrace, k // 2), "xnystrace": (trace.xnystrace, k)}[name]
+    return lambda matvec, key, x: estimator(matvec, probes.sphere(key, x, num), normalize=True)
+
+
+def peer(name: str, k: int, m: int, found: Mapping[str, Any]) -> Callable[[Map], Estimator] | None:
+    """A peer's estimator with k products, for matrices; ``None`` where it is missing."""
+    package, method = name.split()
+    if package not in found:
+        return None
+    module, nothing = found[package], np.inf
+
+    def by_traceax(matvec: Callable[[Array], Array], key: Array, x: Array) -> trace.Estimate:
+        import lineax
+
+        tags = lineax.positive_semidefinite_tag
+        operator = lineax.FunctionLinearOperator(matvec, jax.eval_shape(lambda: x), tags)
+        signs, sphere = module.RademacherSampler(x.dtype), module.SphereSampler(x.dtype)
+        estimator = {
+            "Hutchinson": lambda: module.HutchinsonEstimator(signs),
+            "Hutch++": lambda: module.HutchPlusPlusEstimator(signs),
+            "XTrace": lambda: module.XTraceEstimator(sphere),
+            "XNysTrace": lambda: module.XNysTraceEstimator(sphere),
+        }[method]()
+        value, more = estimator.estimate(key, operator, k)
+        return trace.Estimate(value, more.get("std.err", jnp.asarray(nothing)))
+
+    def by_matfree(matvec: Callable[[Array], Array], key: Array, x: Array) -> trace.Estimate:
+        if method == "Hutchinson":
+            sampler = module.sampler_signs(x, num=k)
+            estimate = module.estimator_monte_carlo_mean_and_sem(module.monte_carlo_trace(), sampler=sampler)
+        else:
+            sampler = module.sampler_sphere(x, num=k // 2)
+            estimate = module.estimator_leave_one_out_mean_and_sem(module.leave_one_out_xtrace(), sampler=sampler)
+        return trace.Estimate(*estimate(matvec, key))
+
+    return by_traceax if package == "traceax" else by_matfree
+
+
+@functools.cache
+def drawn(apply: Callable[[Any, Array], Array], estimator: Estimator, m: int, one_by_one: bool) -> Callable[..., Any]:
+    """(data of all maps, keys [examples, draws]) -> draws of the estimator, compiled fast rather than well."""
+
+    def of_one(data: Any, keys: Array) -> trace.Estimate:
+        def draw(key: Array) -> trace.Estimate:
+            return estimator(partial(apply, data), key, jnp.zeros(m))
+
+        return jax.lax.map(draw, keys) if one_by_one else jax.vmap(draw)(keys)
+
+    def of_all(data: Any, keys: Array) -> trace.Estimate:
+        return jax.lax.map(lambda both: of_one(*both), (data, keys)) if one_by_one else jax.vmap(of_one)(data, keys)
+
+    return jax.jit(of_all, compiler_options={"xla_backend_optimization_level": 1})
+
+
+class Errors(NamedTuple):
+    """What the draws of one estimator on one map gave.
+
+    Attributes:
+        squares: squared errors ``[examples, draws]``.
+        covered: whether the two-sigma interval holds the trace ``[examples, draws]``; ``None`` where it has no end.
+    """
+
+    squares: np.ndarray
+    covered: np.ndarray | None
+
+
+def errors_of(name: str, estimator: Estimator, each: Map, draws: int) -> Errors:
+    """Draws of the estimator of that name on every example of the map."""
+    examples, one_by_one = len(each.truth), each.one_by_one or name in ONE_BY_ONE
+    keys = jax.random.split(jax.random.key(7), (examples, max(draws // examples, 1)))
+    value, stderr = map(np.asarray, drawn(each.apply, estimator, each.m, one_by_one)(each.data, keys))
+    error = value - each.truth[:, None]
+    # an error as small as rounding is covered, as is one of exactly nothing
+    inside = np.abs(error) <= 2 * stderr + 1e-12 * np.abs(each.truth[:, None])
+    return Errors(error**2, inside if np.all(np.isfinite(stderr)) else None)
+
+
+def choices(config: Config, each: Map, k: int) -> list[tuple[trace.Choice, int]]:
+    """What ``trace.choose`` says for pilots drawn anew, and for which example."""
+    chosen = []
+    for index in range(config.pilots):
+        example = index % len(each.truth)
+        matvec = partial(each.apply, jax.tree.map(lambda leaf, i=example: leaf[i], each.data))
+        pilots = probes.rademacher(jax.random.fold_in(jax.random.key(8), index), jnp.zeros(each.m), max(4, k // 2))
+        chosen.append((trace.choose(matvec, pilots, k, positive=each.positive), example))
+    return chosen
+
+
+def errors(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any], list[Target]]:
+    """Rows of every estimator on every map; tables; the targets."""
+    found = peers()
+    found.pop("folx", None)
+    jacobians = fields(config) if config.field_widths else []
+    with jax.enable_x64(True):
+        maps = spectra(config.dimension) + jacobians
+        if config.graph is not None:
+            maps.append(graph_map(config.graph))
+        shared = functools.cache(ours)  # one function for all maps, so that they share what is compiled
+        shared_peer = functools.cache(lambda name, k, m: peer(name, k, m, found))
+        chosen_estimators: dict[Any, Estimator] = {}
+        rows, table = [], {}
+        for each in maps:
+            start, scale = time.perf_counter(), float(np.sqrt(np.mean(each.truth**2)))
+            draws = config.graph_draws if each.one_by_one else config.draws
+            names = [name for name in COLORS if name != "choose" and (each.positive or name != "xnystrace")]
+            known = each.groups is None and not each.one_by_one
+            for k in config.field_products if each.groups is not None else config.products:
+                if k >= each.m:
+                    continue
+                for name in (*names, *(PEERS if known else ())):
+                    if name in PEERS:
+                        estimator = shared_peer(name, k, each.m)
+                    else:
+                        estimator = ours(name, k, each.m, each.groups) if name == "groups" else shared(name, k, each.m)
+                    if estimator is not None:
+                        table[each.name, name, k] = errors_of(name, estimator, each, draws)
+                squares, picked = [], []
+                for choice, example in choices(config, each, k):
+                    kind = (choice.name, str(choice.estimator.keywords), choice.num, choice.draw)
+                    name = "hadamard" if choice.name == "hutchinson" else choice.name
+                    if name == "hutch_pp":  # its sketch may be of another size than ours here
+                        name = f"hutch_pp {choice.num}"
+                        if (each.name, name, k) not in table:
+                            estimator = chosen_estimators.setdefault(
+                                kind,
+                                lambda matvec, key, x, choice=choice: choice.estimator(
+                                    matvec, getattr(probes, choice.draw)(key, x, choice.num)
+                                ),
+                            )
+                            table[each.name, name, k] = errors_of(name, estimator, each, draws)
+                    squares.append(table[each.name, name, k].squares[example])
+                    picked.append(choice.name)
+                examples = sorted({index % len(each.truth) for index in range(config.pilots)})
+                table[each.name, "choose", k] = Errors(np.stack(squares), None)
+                among = [table[each.name, name, k].squares for name in CHOOSES if name in names]
+                best = min(np.mean(one[examples]) for one in among)
+                everywhere = min(np.mean(one) for one in among)  # the pilots saw a few of the examples
+                rows.append(
+                    {
+                        "part": "errors", "map": each.name, "way": "choose", "products": k,
+                        "error": float(np.sqrt(np.mean(squares) / (best + 1e-300) * everywhere)) / scale,
+                        "covered": None,
+                        "over best": float(np.sqrt((np.mean(squares) + 1e-28 * scale**2) / (best + 1e-28 * scale**2))),
+                        "chosen": {name: picked.count(name) for name in sorted(set(picked))},
+                    }
+                )  # fmt: skip
+                for name in (*names, *PEERS):
+                    if (each.name, name, k) in table:
+                        one = table[each.name, name, k]
+                        rows.append(
+                            {
+                                "part": "errors", "map": each.name, "way": name, "products": k,
+                                "error": float(np.sqrt(np.mean(one.squares))) / scale,
+                                "covered": None if one.covered is None else float(np.mean(one.covered)),
+                            }
+                        )  # fmt: skip
+            runs.say(f"{each.name}: {time.perf_counter() - start:.0f} s")
+    return rows, *report_errors(config, rows, table)
+
+
+def report_errors(
+    config: Config, rows: list[dict[str, Any]], table: Mapping[Any, Errors]
+) -> tuple[dict[str, Any], list[Target]]:
+    """Print the tables of the errors; the comparison with the peers and the coverage; the targets."""
+    by = {(row["map"], row["way"], row["products"]): row for row in rows}
+    maps = list(dict.fromkeys(row["map"] for row in rows))
+    for name in maps:
+        ks = sorted({k for each, _, k in by if each == name})
+        ways = [way for way in (*COLORS, *PEERS) if (name, way, ks[0]) in by]
+        show(
+            f"Relative error, root mean square, after so many products: {name}",
+            ("estimator", *map(str, ks)),
+            [[way, *(f"{by[name, way, k]['error']:.2g}" for k in ks)] for way in ways],
+        )
+    ks = sorted({k for _, _, k in by})
+    show(
+        f"trace.choose: its error over that of the best of {', '.join(CHOOSES)}",
+        ("map", *map(str, ks)),
+        [
+            [name, *(f"{by[name, 'choose', k]['over best']:.2f}" if (name, "choose", k) in by else "-" for k in ks)]
+            for name in maps
+        ],
+    )
+    compared, lines = {}, []
+    for way, mine in PEERS.items():
+        scores: list[tuple[float, str]] = []
+        for (name, other, k), one in table.items():
+            if other != way or by[name, way, k]["error"] < 1e-11:
+                continue
+            squares = (table[name, mine, k].squares, one.squares)
+            means = [np.mean(each) for each in squares]
+            spread = np.sqrt(sum(np.var(each) / each.size / mean**2 for each, mean in zip(squares, means, strict=True)))
+            if not np.all(np.isfinite(means)):
+                scores.append((-np.inf, f"{name}, {k}"))
+            else:
+                scores.append((float(np.log(means[0] / means[1]) / spread), f"{name}, {k}"))
+        finite = [score for score in scores if np.isfinite(score[0])]
+        if scores:
+            worst, best = max(finite, default=(np.nan, "-")), min(finite, default=(np.nan, "-"))
+            compared[way] = {"worst z": worst, "best z": best, "not finite": len(scores) - len(finite)}
+            lines.append([way, mine, worst[0], worst[1], best[0], best[1], len(scores) - len(finite)])
+    if lines:
+        show(
+            "Ours less theirs, log mean square error, in standard errors (where the error is above 1e-11)",
+            ("peer", "ours", "highest", "where", "lowest", "where", "theirs not finite"),
+            lines,
+        )
+    pooled: dict[str, dict[int, float]] = {}
+    for way in (*COLORS, *PEERS):
+        for k in ks:
+            shares = [by[name, way, k]["covered"] for name in maps if (name, way, k) in by]
+            shares = [share for share in shares if share is not None]
+            if shares:
+                pooled.setdefault(way, {})[k] = float(np.mean(shares))
+    show(
+        "Two-sigma intervals that hold the trace, mean over maps (-: no spread is known)",
+        ("estimator", *map(str, ks)),
+        [[way, *(f"{shares[k]:.3f}" if k in shares else "-" for k in ks)] for way, shares in pooled.items()],
+    )
+    targets = []
+    field = f"digits h={64}, trained"
+    for way, k, high in (
+        ("groups", 4, 0.042),
+        ("groups", 16, 0.014),
+        ("rademacher", 4, 0.059),
+        ("rademacher", 16, 0.03),
+    ):
+        if (field, way, k) in by:
+            targets.append(Target(f"error of {way}, {k} products, {field}", by[field, way, k]["error"], high=high))
+    for title, low, high in (("up to 60 products", 0, 60), ("beyond", 61, np.inf)):
+        chosen = [row for row in rows if row["way"] == "choose" and low <= row["products"] <= high]
+        if chosen:
+            worst = max(chosen, key=lambda row: row["over best"])
+            place = f"{worst['map']}, {worst['products']}"
+            targets.append(Target(f"choose over the best, {title} ({place})", worst["over best"], high=1.3))
+    for way, mine in (("traceax Hutch++", "hutch_pp"), ("traceax XTrace", "xtrace")):
+        if way in compared:
+            targets.append(Target(f"{mine} over {way}, standard errors", compared[way]["worst z"][0], high=3.0))
+    for way in COLORS:
+        many = {k: share for k, share in pooled.get(way, {}).items() if k >= 16}
+        if many:
+            targets += [
+                Target(f"{way}: least two-sigma coverage, 16 products and more", min(many.values()), 0.9, 0.99),
+                Target(f"{way}: most two-sigma coverage, 16 products and more", max(many.values()), 0.9, 0.99),
+            ]
+    return {
+        "peers": compared,
+        "coverage": {way: {str(k): v for k, v in s.items()} for way, s in pooled.items()},
+    }, targets
+
+
+# ----------------------------------------------------------------------------------------------------------- costs
+
+
+One = Callable[[Any, Array, Any], tuple[Array, Array]]  # (numbers, x [B, m], probes) -> (f(x), divergences [B])
+
+
+class Way(NamedTuple):
+    """One way, compiled.
+
+    Attributes:
+        call: runs that many evaluations in a row.
+        memory: temporary memory, in bytes.
+        compile: seconds to trace and compile.
+        arguments: what the one evaluation takes.
+    """
+
+    call: Callable[[int], Any]
+    memory: int
+    compile: float
+
+
+def in_a_row(one: One, numbers: Any, x: Array, extra: Any) -> Way:
+    """Compile a loop of evaluations, each at an x that depends on the one before, and nothing else carried over."""
+
+    def several(num: Array, numbers: Any, start: Array, extra: Any) -> tuple[Array, Array]:
+        def step(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+            x, total = state
+            # what depends on the numbers and probes alone would otherwise be computed once, before the loop
+            now, x, own = jax.lax.optimization_barrier((numbers, x, extra))
+            value, number = one(now, x, own)
+            return start + 1e-3 * value.reshape(len(value), -1), total + number
+
+        return jax.lax.fori_loop(0, num, step, (start, jnp.zeros(len(start), start.dtype)))
+
+    begin = time.perf_counter()
+    compiled = jax.jit(several).lower(jnp.asarray(1), numbers, x, extra).compile()
+    took = time.perf_counter() - begin
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    return Way(lambda num: compiled(jnp.asarray(num), numbers, x, extra), memory, took)
+
+
+def timed(config: Config, ways: Mapping[str, Way]) -> dict[str, Seconds]:
+    """Seconds of one evaluation of each, in turn, as many rounds as the time allows."""
+
+    def clock(way: Way, num: int) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(way.call(num))
+        return time.perf_counter() - start
+
+    nums, expected = {}, 0.0
+    for name, way in ways.items():
+        took = clock(way, 1)
+        if took < config.target_seconds:
+            took = min(clock(way, 4) for _ in range(2)) / 4
+        nums[name] = max(1, min(10**5, round(config.target_seconds / took)))
+        expected += 2 * took * nums[name]
+    rounds = int(np.clip(config.seconds / expected, 3 if expected < 2 * config.seconds else 2, max(config.repeats, 2)))
+    times = measure({name: partial(way.call, nums[name]) for name, way in ways.items()}, rounds)
+    return {name: Seconds(ways[name].compile, each.rounds / nums[name]) for name, each in times.items()}
+
+
+def over(one: Seconds, other: Seconds) -> Ratio:
+    """A ratio of the fastest rounds, for other programs can only slow them down; with the quartiles over the rounds."""
+    quartiles = np.quantile(one.rounds / other.rounds, [0.25, 0.75])
+    return Ratio(float(one.rounds.min() / other.rounds.min()), *map(float, quartiles))
+
+
+def plain(field: VectorField) -> VectorField:
+    """The same field as a function of which nothing more is known."""
+    return lambda t, x, params: field(t, x, params)
+
+
+def batched(one: Callable[[Callable[[Array], Array], Array, Array], tuple[Array, Array]], field: VectorField) -> One:
+    """(f, x, probes) -> (f(x), divergence) as a way over a batch, at t = 1/2."""
+
+    def run(params: Any, x: Array, e: Array) -> tuple[Array, Array]:
+        return jax.vmap(lambda x, e: one(lambda x: field(jnp.asarray(0.5), x, params), x, e))(x, e)
+
+    return run
+
+
+def peer_hutchinson(module: Any, package: str, m: int, num: int) -> Callable[..., tuple[Array, Array]]:
+    """(f, x, probes) -> (f(x), estimate) by a peer, on products J e."""
+    if package == "traceax":
+        import lineax
+
+        class Given(module.AbstractSampler, strict=True):
+            """The probes themselves, in place of the key."""
+
+            dtype: Any = jnp.float32
+
+            def __call__(self, key: Array, n: int, k: int) -> Array:
+                return key.T
+
+        estimator = module.HutchinsonEstimator(Given())
+
+        def by_traceax(f: Callable[[Array], Array], x: Array, e: Array) -> tuple[Array, Array]:
+            operator = lineax.FunctionLinearOperator(lambda v: jax.jvp(f, (x,), (v,))[1], jax.eval_shape(lambda: x))
+            return f(x), estimator.estimate(e, operator, num)[0]
+
+        return by_traceax
+
+    estimate = module.estimator_monte_carlo(module.monte_carlo_trace(), sampler=lambda e: e)
+
+    def by_matfree(f: Callable[[Array], Array], x: Array, e: Array) -> tuple[Array, Array]:
+        return f(x), estimate(lambda v: jax.jvp(f, (x,), (v,))[1], e)
+
+    return by_matfree
+
+
+def by_jvp(f: Callable[[Array], Array], x: Array, e: Array) -> tuple[Array, Array]:
+    """One probe by hand."""
+    value, image = jax.jvp(f, (x,), (e[0],))
+    return value, jnp.sum(e[0] * image)
+
+
+def by_jacfwd(f: Callable[[Array], Array], x: Array, e: Array) -> tuple[Array, Array]:
+    """The trace of the whole Jacobian."""
+    return f(x), jnp.trace(jax.jacfwd(f)(x))
+
+
+def by_vjp(f: Callable[[Array], Array], x: Array, e: Array) -> tuple[Array, Array]:
+    """The trace of the products of all unit vectors."""
+    value, pull = jax.vjp(f, x)
+    return value, jnp.trace(jax.vmap(pull)(jnp.eye(x.size, dtype=x.dtype))[0])
+
+
+def cost_ways(
+    width: int, m: int, batch: int, found: Mapping[str, Any], exact: bool
+) -> dict[str, tuple[One, Any, Array, Any]]:
+    """name -> a function and its arguments; "f" is the field alone. All numbers "1" share their probe, and all "16"."""
+    field, params = make_field(width, m)
+    f = plain(field)
+    x = jax.random.normal(jax.random.key(1), (batch, m))
+    one = jax.vmap(lambda key: probes.rademacher(key, x[0], 1))(jax.random.split(jax.random.key(2), batch))
+    many = jax.vmap(lambda key: probes.rademacher(key, x[0], 16))(jax.random.split(jax.random.key(3), batch))
+    half, none = jnp.asarray(0.5), jnp.zeros((batch, 0))
+    ways: dict[str, tuple[One, Any, Array, Any]] = {
+        "f": (lambda params, x, _: (jax.vmap(f, (None, 0, None))(half, x, params), jnp.zeros(batch)), params, x, none),
+        "1 probe": (batched(divergence.hutchinson, f), params, x, one),
+        "1 probe, jax.jvp": (batched(by_jvp, f), params, x, one),
+        "16 probes": (batched(divergence.hutchinson, f), params, x, many),
+    }
+    for package in ("traceax", "matfree"):
+        if package in found:
+            for name, e in (("1 probe", one), ("16 probes", many))[: 2 if batch <= 64 else 1]:
+                way = batched(peer_hutchinson(found[package], package, m, e.shape[1]), f)
+                ways[f"{name}, {package}"] = (way, params, x, e)
+    if exact:
+        ways["exact"] = (batched(lambda f, x, _: divergence.exact(f, x), f), params, x, none)
+        ways["exact, jacfwd"] = (batched(by_jacfwd, f), params, x, none)
+        ways["exact, vjp"] = (batched(by_vjp, f), params, x, none)
+
+    def own(prepared: Any, x: Array, _: Array) -> tuple[Array, Array]:
+        return jax.vmap(field.with_divergence, (None, 0, None))(half, x, prepared)
+
+    ways["structured"] = (own, jax.jit(field.prepare)(params), x, none)
+    return ways
+
+
+def costs(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any], list[Target]]:
+    """Rows of every way in every cell; tables; the targets."""
+    found = peers()
+    found.pop("folx", None)
+    rows: list[dict[str, Any]] = []
+    cells: dict[tuple[int, int, int], dict[str, Seconds]] = {}
+    memory: dict[tuple[int, int, int], dict[str, int]] = {}
+    for width in config.widths:
+        for m in config.sizes:
+            for batch in config.batches:
+                exact = batch == config.exact_batch and m <= 784
+                ways = {name: in_a_row(*way) for name, way in cost_ways(width, m, batch, found, exact).items()}
+                slow = {name: way for name, way in ways.items() if name.startswith(("16", "exact"))}
+                quick = {name: way for name, way in ways.items() if name not in slow}
+                times = timed(config, quick)
+                beside = timed(config, {"f": ways["f"]} | slow)  # with a field of its own rounds
+                cell = {name: (beside if name in slow else times)[name] for name in ways}
+                cells[width, m, batch] = cell
+                memory[width, m, batch] = {name: way.memory for name, way in ways.items()}
+                alone = min(times["f"].rounds.min(), beside["f"].rounds.min())
+                for name, each in cell.items():
+                    cost = over(each, beside["f"] if name in slow else times["f"])
+                    cost = cost._replace(value=float(each.rounds.min() / alone))
+                    rows.append(
+                        {
+                            "part": "costs", "width": width, "m": m, "batch": batch, "way": name,
+                            "seconds": float(each.rounds.min()), "rounds": len(each.rounds), "compile": each.first,
+                            "cost": cost.value, "quartiles": cost[1:], "bytes": ways[name].memory,
+                        }
+                    )  # fmt: skip
+                last = {row["way"]: row["cost"] for row in rows[-len(cell) :]}
+                runs.say(
+                    f"h {width}, m {m}, B {batch}: f {1e6 * cell['f'].rounds.min():.4g} us; "
+                    + ", ".join(f"{name} {cost:.2f}" for name, cost in last.items() if name != "f")
+                )
+    return rows, *report_costs(config, rows, cells, memory)
+
+
+def report_costs(
+    config: Config,
+    rows: list[dict[str, Any]],
+    cells: Mapping[tuple[int, int, int], Mapping[str, Seconds]],
+    memory: Mapping[tuple[int, int, int], Mapping[str, int]],
+) -> tuple[dict[str, Any], list[Target]]:
+    """Print the costs over f; the targets."""
+    costs = {(row["width"], row["m"], row["batch"], row["way"]): row["cost"] for row in rows}
+    names = list(dict.fromkeys(row["way"] for row in rows if row["way"] != "f"))
+    show(
+        "Time over one evaluation of f; f in microseconds",
+        ("h, m, B", "f", *names),
+        [
+            [
+                f"{h}, {m}, {b}",
+                float(1e6 * cell["f"].rounds.min()),
+                *(f"{costs[h, m, b, name]:.2f}" if name in cell else "-" for name in names),
+            ]
+            for (h, m, b), cell in cells.items()
+        ],
+    )
+    show(
+        "Temporary memory, MB",
+        ("h, m, B", "f", *names),
+        [
+            [f"{h}, {m}, {b}", *(f"{used[name] / 1e6:.2f}" if name in used else "-" for name in ("f", *names))]
+            for (h, m, b), used in memory.items()
+        ],
+    )
+
+    def worst(values: Mapping[tuple[int, int, int], float], name: str, **limits: float) -> list[Target]:
+        if not values:
+            return []
+        place = max(values, key=values.__getitem__)
+        return [Target(f"{name} (h {place[0]}, m {place[1]}, B {place[2]})", values[place], **limits)]
+
+    def costs_of(way: str, wanted: Callable[[int, int, int], bool]) -> dict[tuple[int, int, int], float]:
+        return {key: costs[(*key, way)] for key in cells if (*key, way) in costs and wanted(*key)}
+
+    every = costs_of("1 probe", lambda h, m, b: True)
+    targets = worst(every, "1 probe over f, worst", high=2.25)
+    targets.append(Target("1 probe over f, median over the cells", float(np.median(list(every.values()))), high=1.85))
+    beside = {}
+    for key, cell in cells.items():
+        others = [cell[name] for name in ("1 probe, traceax", "1 probe, matfree") if name in cell]
+        if others:
+            fastest = min(others, key=lambda each: each.rounds.min())
+            beside[key] = over(cell["1 probe"], fastest).value
+    targets += worst(beside, "1 probe over the faster of traceax and matfree, worst", high=1.05)
+    if (512, 64, 64) in beside:
+        targets.append(Target("traceax and matfree over 1 probe, h 512, m 64, B 64", 1 / beside[512, 64, 64], low=2.0))
+    targets += worst(costs_of("16 probes", lambda h, m, b: (h, b) == (64, 64)), "16 probes over f, worst", high=11.5)
+    targets += worst(costs_of("16 probes", lambda h, m, b: (h, m, b) == (64, 3072, 512)), "16 probes over f", high=29.0)
+    shares = {}
+    for key, cell in cells.items():
+        if "exact" in cell:
+            better = min((cell["exact, jacfwd"], cell["exact, vjp"]), key=lambda each: each.rounds.min())
+            shares[key] = over(cell["exact"], better).value
+    for h, high in ((64, 0.35), (512, 0.65)):
+        here = {key: share for key, share in shares.items() if key[:2] == (h, 784)}
+        targets += worst(here, "exact over the better of jacfwd and vjp", high=high)
+        if h == 64:
+            targets += worst({key: memory[key]["exact"] / 1e6 for key in here}, "exact, MB", high=30.0)
+    for least, high in ((64, 1.45), (784, 1.15)):
+        here = costs_of("structured", lambda h, m, b, least=least: h == 64 and m >= least)
+        targets += worst(here, f"structured over f, m >= {least}, worst", high=high)
+    return {"exact over the better": {str(key): share for key, share in shares.items()}}, targets
+
+
+# ------------------------------------------------------------------------------------------ gradients and Laplacians
+
+
+def gradient_ways(config: Config, width: int, m: int) -> dict[str, Callable[[Any, Array, Array], Any]]:
+    """name -> (params, x, probes [B, 16, m]) -> loss and gradient."""
+    field, _ = make_field(width, m)
+    f, half = plain(field), jnp.asarray(0.5)
+
+    def graded(both: Callable[[Any, Array, Array], tuple[Array, Array]]) -> Callable[[Any, Array, Array], Any]:
+        def loss(params: Any, x: Array, e: Array) -> Array:
+            value, number = both(params, x, e)
+            return jnp.mean(value**2) + jnp.mean(number)
+
+        return jax.value_and_grad(loss)
+
+    def own(params: Any, x: Array, _: Array) -> tuple[Array, Array]:
+        return jax.vmap(field.with_divergence, (None, 0, None))(half, x, field.prepare(params))
+
+    return {
+        "f": graded(lambda params, x, _: (jax.vmap(f, (None, 0, None))(half, x, params), jnp.zeros(()))),
+        "1 probe": graded(batched(lambda f, x, e: divergence.hutchinson(f, x, e[:1]), f)),
+        "16 probes": graded(batched(divergence.hutchinson, f)),
+        "exact": graded(batched(lambda f, x, _: divergence.exact(f, x), f)),
+        "structured": graded(own),
+    }
+
+
+def direct(function: Callable[..., Any], *arguments: Any) -> Way:
+    """Compile one evaluation; several in a row are as many calls."""
+    begin = time.perf_counter()
+    compiled = jax.jit(function).lower(*arguments).compile()
+    took = time.perf_counter() - begin
+
+    def call(num: int) -> Any:
+        for _ in range(num):
+            result = compiled(*arguments)
+        return result
+
+    return Way(call, compiled.memory_analysis().temp_size_in_bytes, took)
+
+
+def over_first(
+    part: str, cells: Mapping[str, Mapping[str, Way]], config: Config, title: str, base: str
+) -> tuple[list[dict[str, Any]], dict[str, Any], list[Target]]:
+    """Time every cell, and print the costs over its way ``base`` and the memory."""
+    rows: list[dict[str, Any]] = []
+    for cell, ways in cells.items():
+        times = timed(config, ways)
+        for name, each in times.items():
+            cost = over(each, times[base])
+            rows.append(
+                {
+                    "part": part, "cell": cell, "way": name, "seconds": float(each.rounds.min()),
+                    "rounds": len(each.rounds),
+                    "compile": each.first, "cost": cost.value, "quartiles": cost[1:], "bytes": ways[name].memory,
+                }
+            )  # fmt: skip
+    show(
+        title,
+        ("cell: way", "microseconds", "cost", "temporary MB"),
+        [
+            [f"{row['cell']}: {row['way']}", 1e6 * row["seconds"], f"{row['cost']:.2f}", f"{row['bytes'] / 1e6:.2f}"]
+            for row in rows
+        ],
+    )
+    return rows, {}, []
+
+
+def gradients(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any], list[Target]]:
+    """The price of the divergence in a gradient by the parameters, m = 64."""
+    cells: dict[str, dict[str, Way]] = {}
+    m, batch = 64, config.exact_batch
+    x = jax.random.normal(jax.random.key(1), (batch, m))
+    e = jax.vmap(lambda key: probes.rademacher(key, x[0], 16))(jax.random.split(jax.random.key(3), batch))
+    for width in config.widths:
+        params = make_field(width, m)[1]
+        ways = gradient_ways(config, width, m)
+        cells[f"h {width}"] = {name: direct(way, params, x, e) for name, way in ways.items()}
+    title = f"value_and_grad of mean(f^2 + div f) over that of mean(f^2), m = {m}, B = {batch}"
+    return over_first("gradients", cells, config, title, "f")
+
+
+def laplacian_ways(config: Config, m: int, found: Mapping[str, Any]) -> dict[str, tuple[One, Any, Array, Any]]:
+    """name -> a function and its arguments; "u" is the network alone."""
+    width, batch = min(config.widths), config.exact_batch
+    net = networks.MLP((width, width), out_features=1, last_init=jax.nn.initializers.lecun_normal())
+    energy = networks.energy(net)
+    params = net.init(jax.random.key(0), jnp.zeros(()), jnp.zeros(m))
+    half, none = jnp.asarray(0.5), jnp.zeros((batch, 0))
+    x = jax.random.normal(jax.random.key(1), (batch, m))
+
+    def each(one: Callable[[Callable[[Array], Array], Array], tuple[Array, Array]]) -> One:
+        return lambda params, x, _: jax.vmap(lambda x: one(lambda x: energy.field(half, x, params), x))(x)
+
+    def by_folx(u: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
+        result = found["folx"].forward_laplacian(u)(x)
+        return result.x, result.laplacian
+
+    def by_divergence(u: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
+        return u(x), divergence.exact(jax.grad(u), x)[1]
+
+    def own(prepared: Any, x: Array, _: Array) -> tuple[Array, Array]:
+        return jax.vmap(energy.with_laplacian, (None, 0, None))(half, x, prepared)
+
+    ways: dict[str, tuple[One, Any, Array, Any]] = {
+        "u": (each(lambda u, x: (u(x), jnp.zeros(()))), params, x, none),
+        "laplacian": (each(divergence.laplacian), params, x, none),
+        "exact of the gradient": (each(by_divergence), params, x, none),
+        "structured": (own, jax.jit(energy.prepare)(params), x, none),
+    }
+    if "folx" in found:
+        ways["folx"] = (each(by_folx), params, x, none)
+    return ways
+
+
+def laplacians(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any], list[Target]]:
+    """The price of a Laplacian."""
+    found = peers()
+    cells = {
+        f"m {m}": {name: in_a_row(*way) for name, way in laplacian_ways(config, m, found).items()}
+        for m in config.laplacian_sizes
+    }
+    title = (
+        f"Laplacian of a scalar network over one evaluation of it, h = {min(config.widths)}, B = {config.exact_batch}"
+    )
+    return over_first("laplacians", cells, config, title, "u")
+
+
+# ----------------------------------------------------------------------------------------------------------- plots
+
+
+def plotting() -> Any:
+    """pyplot without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw_errors(config: Config, rows: Sequence[dict[str, Any]]) -> Path:
+    """Error against products, one panel a map, both axes logarithmic."""
+    plt = plotting()
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator
+
+    maps = list(dict.fromkeys(row["map"] for row in rows))
+    columns = min(5, len(maps))
+    lines = -(-len(maps) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(3.5 * columns + 1.5, 3.4 * lines + 0.6), layout="constrained", squeeze=False
+    )
+    handles: dict[str, Any] = {}
+    for panel, name in zip(axes.flat, maps, strict=False):
+        for way in (*COLORS, *PEERS):
+            points = [(row["products"], row["error"]) for row in rows if (row["map"], row["way"]) == (name, way)]
+            points = [(k, max(error, 1e-16)) for k, error in points if np.isfinite(error)]
+            if not points:
+                continue
+            own = way in COLORS
+            style = {
+                "color": COLORS[PEERS.get(way, way)],
+                "linewidth": (2.6 if way in ("choose", "groups") else 1.4) if own else 0,
+                "linestyle": "--" if way == "choose" else "-",
+                "marker": "." if own else {"traceax": "o", "matfree": "s"}[way.split()[0]],
+                "markersize": 4 if own else 7,
+                "fillstyle": "full" if own else "none",
+                "zorder": 5 if way == "choose" else 3,
+            }
+            (handles[way],) = panel.loglog(*zip(*points, strict=True), **style)
+        panel.set_title(name, fontsize=10)
+        ticks = sorted({row["products"] for row in rows if row["map"] == name})
+        panel.set_xticks(ticks, [str(k) for k in ticks])
+        panel.xaxis.minorticks_off()
+        low, high = panel.get_ylim()
+        if high / low < 200:
+            panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            panel.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf)))
+        panel.tick_params(axis="y", which="minor", labelsize=7)
+        panel.grid(color="#dddddd", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in axes.flat[len(maps) :]:
+        panel.set_visible(False)
+    for panel in axes[:, 0]:
+        panel.set_ylabel("relative error, rms")
+    for panel in axes[-1]:
+        panel.set_xlabel("products A e")
+    ordered = [way for way in (*COLORS, *PEERS) if way in handles]
+    figure.legend([handles[way] for way in ordered], ordered, loc="outside right center", frameon=False, fontsize=9)
+    return save(config, figure, "trace_estimators_errors", plt)
+
+
+LINES = {
+    "1 probe": {"color": "#0072B2", "linewidth": 2.4, "marker": "o"},
+    "1 probe, jax.jvp": {"color": "#999999", "linewidth": 1.2, "marker": "x"},
+    "1 probe, traceax": {"color": "#E69F00", "linewidth": 1.2, "marker": "s"},
+    "1 probe, matfree": {"color": "#CC79A7", "linewidth": 1.2, "marker": "^"},
+    "16 probes": {"color": "#0072B2", "linewidth": 2.4, "marker": "o"},
+    "16 probes, traceax": {"color": "#E69F00", "linewidth": 1.2, "marker": "s"},
+    "16 probes, matfree": {"color": "#CC79A7", "linewidth": 1.2, "marker": "^"},
+    "structured": {"color": "#009E73", "linewidth": 2.4, "marker": "D"},
+}
+
+
+def draw_costs(config: Config, rows: Sequence[dict[str, Any]]) -> Path:
+    """Above: cost over f against m, one panel a width and batch, one and 16 probes. Below: all other costs as bars."""
+    plt = plotting()
+    cells = list(dict.fromkeys((row["width"], row["batch"]) for row in rows if row["part"] == "costs"))
+    others = [row for row in rows if row["part"] in ("gradients", "laplacians") and row["way"] not in ("f", "u")] + [
+        row for row in rows if row["part"] == "costs" and row["way"].startswith("exact")
+    ]
+    groups = {
+        title: [row for row in others if row["part"] == part]
+        for part, title in (
+            ("costs", "exact trace, time over f"),
+            ("gradients", "gradient, over that without a divergence"),
+            ("laplacians", "Laplacian, time over u"),
+        )
+    }
+    groups = {title: found for title, found in groups.items() if found}
+    tallest = max([len(found) for found in groups.values()], default=0)
+    heights = ([5.6] if cells else []) + ([0.8 + 0.2 * tallest] if groups else [])
+    figure = plt.figure(figsize=(15, sum(heights)), layout="constrained")
+    parts = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.04))
+    if cells:
+        axes = parts[0].subplots(2, len(cells), squeeze=False, sharey="row", sharex=True)
+        handles: dict[str, Any] = {}
+        for column, (width, batch) in enumerate(cells):
+            for line, kind in enumerate(("1 probe", "16 probes")):
+                panel = axes[line, column]
+                for way, style in LINES.items():
+                    shown = [
+                        (row["m"], row["cost"])
+                        for row in rows
+                        if row["part"] == "costs" and (row["width"], row["batch"], row["way"]) == (width, batch, way)
+                    ]
+                    if shown and (way.startswith(kind) or (way == "structured" and line == 0)):
+                        label = way.replace("1 probe", "ours, 1 or 16 probes") if way == "1 probe" else way
+                        label = label.split(", ")[-1] if way.split(", ")[1:] else label
+                        (handles[label if not way.startswith("16") else "-"],) = panel.loglog(
+                            *zip(*shown, strict=True), markersize=5, **style
+                        )
+                target = 2.25 if line == 0 else {(64, 64): 11.5}.get((width, batch))
+                if target:
+                    handles["target"] = panel.axhline(target, color="tab:red", linewidth=1.2, linestyle="--")
+                if line == 1 and (width, batch) == (64, 512) and 3072 in config.sizes:
+                    panel.plot([3072], [29], "_", color="tab:red", markersize=16, markeredgewidth=2)
+                panel.set_xticks(config.sizes, [str(m) for m in config.sizes])
+                ticks = (1, 1.5, 2, 3, 5) if line == 0 else (2, 5, 10, 20, 50)
+                panel.set_yticks(ticks, [str(tick) for tick in ticks])
+                panel.minorticks_off()
+                panel.grid(color="#dddddd", linewidth=0.6)
+                panel.spines[["top", "right"]].set_visible(False)
+                if line == 0:
+                    panel.set_title(f"h = {width}, B = {batch}", fontsize=10)
+                else:
+                    panel.set_xlabel("dimensions m")
+        for line, kind in enumerate(("one probe", "16 probes")):
+            axes[line, 0].set_ylabel(f"{kind}: time over f")
+        handles.pop("-", None)
+        parts[0].legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=9)
+    if groups:
+        axes = parts[-1].subplots(1, len(groups), squeeze=False)[0]
+        for panel, (title, found) in zip(axes, groups.items(), strict=True):
+            for y, row in enumerate(found):
+                name = row["way"]
+                peer = name in ("folx", "exact, jacfwd", "exact, vjp")
+                panel.barh(
+                    y, row["cost"], color="#bbbbbb" if peer else "#009E73" if name == "structured" else "#0072B2"
+                )
+                panel.text(row["cost"], y, f" {row['cost']:.3g}", va="center", fontsize=7)
+            labels = [
+                f"{row['cell']}: {row['way']}" if "cell" in row else f"h {row['width']}, m {row['m']}: {row['way']}"
+                for row in found
+            ]
+            panel.set_yticks(range(len(found)), labels, fontsize=7)
+            panel.invert_yaxis()
+            panel.set(xscale="log", xlabel=title)
+            panel.xaxis.set_minor_formatter("")
+            panel.margins(x=0.12)
+            panel.spines[["top", "right"]].set_visible(False)
+    return save(config, figure, "trace_estimators_costs", plt)
+
+
+def save(config: Config, figure: Any, name: str, plt: Any) -> Path:
+    """Write ``<config.out>/<name>.png``."""
+    path = Path(config.out) / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Run the parts, print, write and draw; return what has a target."""
+    unknown = set(config.parts) - set(PARTS)
+    if unknown or not config.parts:
+        raise ValueError(f"parts must be some of {PARTS}, got {config.parts}.")
+    # before the first decomposition: with more threads, small ones take up to 30 times as long on a busy machine
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    functions = {"errors": errors, "costs": costs, "gradients": gradients, "laplacians": laplacians}
+    rows: list[dict[str, Any]] = []
+    targets: list[Target] = []
+    more: dict[str, Any] = {}
+    for part in PARTS:
+        if part in config.parts:
+            start = time.perf_counter()
+            new, result, wanted = functions[part](config)
+            runs.say(f"{part}: {time.perf_counter() - start:.0f} s")
+            rows += new
+            targets += wanted
+            more |= result
+    if targets:
+        show(
+            "Targets",
+            ("what", "found", "target", "met"),
+            [
+                [
+                    each.name,
+                    each.value,
+                    " ".join(
+                        f"{sign} {limit:g}"
+                        for sign, limit in ((">=", each.low), ("<=", each.high))
+                        if np.isfinite(limit)
+                    ),
+                    "yes" if each.low <= each.value <= each.high else "NO",
+                ]
+                for each in targets
+            ],
+        )
+    found = {each.name: each.value for each in targets}
+    result = {"targets": [each._asdict() | {"met": bool(each.low <= each.value <= each.high)} for each in targets]}
+    write("trace_estimators", config, rows, result | more)
+    if "errors" in config.parts:
+        draw_errors(config, [row for row in rows if row["part"] == "errors"])
+    if set(config.parts) - {"errors"}:
+        draw_costs(config, rows)
+    return found
+
+
+if __name__ == "__main__":
+    runs.cli(main, Config)

@@ -89,7 +89,14 @@ def test_the_error_of_bits_per_dimension_is_that_of_its_parts():
     bit = 4 * np.log(2.0)
     ones = jnp.ones(2)
     found = score_sde.flows.Likelihood(
-        jnp.asarray([-bit, -3 * bit]), 0.5 * bit * ones, 0.25 * bit * ones, ones, 7 * ones, 0 * ones
+        jnp.asarray([-bit, -3 * bit]),
+        0.5 * bit * ones,
+        0.25 * bit * ones,
+        ones,
+        7 * ones,
+        0 * ones,
+        0.125 * bit * ones,
+        9 * ones,
     )
     results = score_sde.judge_likelihood(data, found)
     np.testing.assert_allclose(results["test_bits_per_dim"], 2 + 3)
@@ -97,6 +104,8 @@ def test_the_error_of_bits_per_dimension_is_that_of_its_parts():
     np.testing.assert_allclose(results["test_bits_per_dim_stderr_of_probes"], np.sqrt(2) * 0.5 / 2)
     np.testing.assert_allclose(results["test_bits_per_dim_stderr_of_examples"], np.sqrt(1 - 1 / 8))
     np.testing.assert_allclose(results["test_bits_per_dim_solver_error"], 0.25)
+    np.testing.assert_allclose(results["test_bits_per_dim_quadrature_error"], 0.125)
+    assert (results["evaluations_likelihood"], results["divergences_likelihood"]) == (7, 9)
     assert results["dequantization"] == "uniform"
 
 

@@ -1,5 +1,6 @@
 """What every module asks of its arguments, asked at trace time and answered with a remedy."""
 
+import operator
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from dgm_jax.types import Args, Array, VectorField
 
 __all__ = [
     "agree",
+    "at_least",
     "concrete",
     "evaluate",
     "floating",
@@ -71,6 +73,17 @@ def agree(name: str, x: Any, other_name: str, other: Any) -> tuple[Array, Array]
     if other.dtype != x.dtype:
         raise TypeError(f"{other_name} has dtype {other.dtype} and {name} {x.dtype}: one dtype for both.")
     return x, other
+
+
+def at_least(name: str, value: Any, least: int) -> int:
+    """``value``, if it is an integer of at least ``least``. Raises ``TypeError`` where it is none, or not known now."""
+    try:
+        value = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a Python int, known before tracing, got {type(value).__name__}.") from error
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+    return value
 
 
 def positive_integer(name: str, value: Any, least: int = 1) -> int:

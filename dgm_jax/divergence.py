@@ -8,8 +8,7 @@ vectors: a quadratic form is the same from either side, e^T (J e) = (e^T J) e. W
     exact_in_chunks   m                 ``size``                          none
     hutchinson        k                 k, or fewer where m is large      standard deviation ~ 1 / sqrt(k)
 
-One product costs about one evaluation of f, and of many taken at once each costs less: a fifth to a half of one for
-unit vectors. How many are taken at once is a matter of the processor's cache, which should hold them, under
+How many products are taken at once is a matter of the processor's cache, which should hold them, under
 ``jax.vmap`` those of the whole batch; the rest follow in a loop.
 
 All of them can be differentiated in reverse and forward, and run inside ``jax.lax.while_loop``. In reverse, the loop
@@ -20,12 +19,9 @@ Where f has no reverse mode, as with a ``jax.lax.while_loop`` in it, ``mode="for
     forward = partial(divergence.exact, mode="forward")         # make it once: each new one compiles anew
     flows.log_prob(velocity, x, args, divergence=forward, ...)
 
-For the value alone the two modes cost the same. Reverse is the default because of what training pays: over forward
-mode the gradient of a loss with the divergence in it took 1.1 to 2.7 times as long (tanh networks of 2 times 64 or 512
-units, 16 probes or all rows, on two CPU cores), and the same with one probe.
+benchmarks/trace_estimators.py prints what the value and its gradient cost beside f.
 """
 
-import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -35,7 +31,7 @@ import jax.extend as jex
 import jax.numpy as jnp
 
 from dgm_jax import _blocks
-from dgm_jax._checks import floating, probes_for
+from dgm_jax._checks import at_least, floating, probes_for
 from dgm_jax.types import Array, Divergence
 
 __all__ = ["exact", "exact_in_chunks", "hutchinson", "laplacian", "quadratic_forms"]
@@ -90,12 +86,7 @@ def exact_in_chunks(size: int, *, mode: Literal["reverse", "forward"] = "reverse
         TypeError: ``size`` not an int.
         ValueError: ``size`` less than 1.
     """
-    try:
-        size = operator.index(size)
-    except TypeError as error:
-        raise TypeError(f"size must be a Python int, known before tracing, got {type(size).__name__}.") from error
-    if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}.")
+    size = at_least("size", size, 1)
 
     def divergence(f: Callable[[Array], Array], x: Array, probes: Array | None = None) -> tuple[Array, Array]:
         value, product = _products(f, x, mode)

@@ -515,7 +515,7 @@ def _likelihood_at_nodes(
         level_done = (chunks & (chunks + 1)) == 0
         value, _, quadrature_error, noise = judged(_level(chunks, nested), values)
         close = quadrature_error <= jnp.maximum(noise, solve.tolerance(value))
-        close &= 2 * (_FIRST + _CHUNK * chunks) >= jnp.minimum(solution.num_steps, 2 * max_nodes)
+        close &= 2 * (_FIRST + _CHUNK * chunks) >= solution.num_steps
         close |= ~jnp.isfinite(value)
         return (chunks < nested.num_chunks) & ~(level_done & close)
 

@@ -15,7 +15,6 @@ pytree of arrays of one dtype: m counts the entries of all leaves, and each leaf
 """
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax._checks import concrete, floating, positive_integer, typed_key
+from dgm_jax._checks import at_least, concrete, floating, positive_integer, typed_key
 from dgm_jax.types import Array
 
 __all__ = [
@@ -398,14 +397,7 @@ def rotated(probes: Any, basis: Array) -> Any:
 
 
 def _key_and_num(key: Array, num: int) -> tuple[Array, int]:
-    key = typed_key(key)
-    try:
-        num = operator.index(num)
-    except TypeError as error:
-        raise TypeError(f"num must be a Python int, known before tracing, got {type(num).__name__}.") from error
-    if num < 1:
-        raise ValueError(f"num must be at least 1, got {num}.")
-    return key, num
+    return typed_key(key), at_least("num", num, 1)
 
 
 def _example(x: Any) -> tuple[int, Any, Callable[[Array], Any]]:

@@ -11,14 +11,13 @@ Where an integrand is known to be smooth, Gauss-Legendre needs about half the no
 high accuracy, and nearly as many at low accuracy; only the latter reports its own error.
 """
 
-import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax._checks import typed_key
+from dgm_jax._checks import at_least, typed_key
 from dgm_jax.types import Array
 
 __all__ = ["Quadrature", "clenshaw_curtis", "gauss_legendre", "stratified"]
@@ -54,7 +53,7 @@ def gauss_legendre(num: int) -> Quadrature:
 
     Source: Golub and Welsch (1969), "Calculation of Gauss quadrature rules".
     """
-    nodes, weights = np.polynomial.legendre.leggauss(_at_least("num", num, 1))
+    nodes, weights = np.polynomial.legendre.leggauss(at_least("num", num, 1))
     return Quadrature((nodes + 1) / 2, weights / 2)
 
 
@@ -81,7 +80,7 @@ def clenshaw_curtis(num: int) -> Quadrature:
     Source: Clenshaw and Curtis (1960), "A method for numerical integration on an automatic computer"; the closed form
     in Waldvogel (2006), "Fast construction of the Fejer and Clenshaw-Curtis quadrature rules".
     """
-    num = _at_least("num", num, 3)
+    num = at_least("num", num, 3)
     if num % 2 == 0:
         raise ValueError(f"num must be odd, got {num}: pass {num + 1}.")
     nodes, weights = _clenshaw_curtis(num)
@@ -112,7 +111,7 @@ def stratified(key: Array, num: int, dtype: Any = jnp.float32) -> Quadrature:
 
     Source: Owen (2013), "Monte Carlo theory, methods and examples", section 8.4.
     """
-    num = _at_least("num", num, 1)
+    num = at_least("num", num, 1)
     offsets = jax.random.uniform(typed_key(key), (num,), dtype)
     nodes = (jnp.arange(num, dtype=dtype) + offsets) / jnp.asarray(num, dtype)
     return Quadrature(nodes, jnp.full((num,), 1 / num, dtype))
@@ -126,13 +125,3 @@ def _clenshaw_curtis(num: int) -> tuple[np.ndarray, np.ndarray]:
     ends = np.where((q == 0) | (q == n), 1.0, 2.0)
     sums = np.cos(2 * np.pi * np.outer(q, j) / n) @ (b / (4.0 * j**2 - 1))
     return np.sin(0.5 * np.pi * q / n) ** 2, ends / (2 * n) * (1 - sums)
-
-
-def _at_least(name: str, value: int, least: int) -> int:
-    try:
-        value = operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"{name} must be a Python int, known before tracing, got {type(value).__name__}.") from error
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
-    return value

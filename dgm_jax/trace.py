@@ -504,7 +504,8 @@ def choose(matvec: Matvec, probes: Any, products: int, *, positive: bool = False
     With max(4, products / 2) pilots it erred, root mean square over pilots, at most 1.3 times as much as the best of
     the four on flat, linear, i^-2, 0.7^i and step spectra in random bases, m 64 and 200, 6 to 60 products. With fewer
     pilots it can miss by more, and so it can where all but a few eigenvalues are equal: then two tiny errors
-    compete. On the host: its inputs must be known.
+    compete. A step beyond the pilots it does not see at all: at 50, with 48 pilots and 96 products, it erred 55 times
+    as much; on the Jacobian of an untrained network 1.36 times. On the host: its inputs must be known.
 
     Args:
         matvec: e -> A e, ``[*event] -> [*event]``, or between pytrees.

@@ -86,7 +86,7 @@ class StructuredField:
     """A vector field that knows its own divergence exactly, more cheaply than by products with its Jacobian.
 
     It is called as any other field, ``field(t, x, args)``. The functions of ``flows`` use what else it holds wherever
-    the caller names neither a divergence nor probes.
+    the caller names neither a divergence nor probes. No NamedTuple: JAX holds functions by weak references.
 
     Attributes:
         field: ``(t [], x [*event], args) -> [*event]``.

@@ -6,7 +6,7 @@ vectors: a quadratic form is the same from either side, e^T (J e) = (e^T J) e. W
     method            products e^T J    activations in memory, times f's  error
     exact             m                 up to 16                          none
     exact_in_chunks   m                 ``size``                          none
-    hutchinson        k                 k, or fewer where m is large      standard deviation ~ 1 / sqrt(k)
+    hutchinson        k, at most m      up to 8                           standard deviation ~ 1 / sqrt(k)
 
 How many products are taken at once is a matter of the processor's cache, which should hold them, under
 ``jax.vmap`` those of the whole batch; the rest follow in a loop.
@@ -131,7 +131,13 @@ def quadratic_forms(
     num = probes.shape[0]
     if num == 1:
         return value, form(probes[0])[None]
-    size = _blocks.even(num, max(1, _ENTRIES // max(x.size, 1)))
+    if num >= x.size <= _PROBES:  # the whole Jacobian takes fewer products
+        jacobian = jax.vmap(product)(jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape))
+        rows = probes.reshape(num, x.size)
+        # entry by entry: XLA takes the products of small matrices, one for each example, one after the other
+        squares = rows[:, :, None] * rows[:, None, :]
+        return value, jnp.sum(squares * jacobian.reshape(1, x.size, x.size), axis=(1, 2))
+    size = _blocks.even(num, _PROBES)
     if size == num:
         return value, jax.vmap(form)(probes)
 
@@ -274,9 +280,9 @@ def _trace(product: Callable[[Array], Array], like: Array, most: int) -> Array:
     return _blocks.over_units(diagonal, like, most)
 
 
-_ENTRIES = 8192
-"""Numbers in a block of probes, about. Together with those of a batch of 512, more leave the cache, and take twice as
-long."""
+_PROBES = 8
+"""Probes in a block, at most. With more, those of a batch of 512 leave the cache, and take twice as long; with fewer,
+those of one example alone do."""
 
 _DIRECTIONS = 8
 """Unit vectors in a block of ``laplacian``, at most."""

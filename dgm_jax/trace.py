@@ -394,8 +394,9 @@ def xtrace(matvec: Matvec, probes: Any, *, normalize: bool = False) -> Estimate:
             ``probes.sphere`` and ``probes.gaussian``: with others the estimate is biased.
 
     Returns:
-        The mean of the t_i ``[]`` and their standard deviation over sqrt(n) ``[]``: a rule of thumb, since the t_i
-        are not independent; infinite for n = 1.
+        The mean of the t_i ``[]`` and its standard error ``[]``, infinite for n = 1. The t_i are not independent:
+        with s^2 their sample variance, t_ij what t_i is without probe j and D_ij = t_i - t_ij, its square is
+        s^2 / n + mean_(i != j) D_ij D_ji, which is unbiased but for being kept above s^2 / n.
 
     Raises:
         TypeError: ``probes`` not of floats of one dtype, or A e of another dtype.
@@ -409,7 +410,7 @@ def xtrace(matvec: Matvec, probes: Any, *, normalize: bool = False) -> Estimate:
     apply = _products("matvec", matvec, unravel)
     y = apply(e)
     if n == 1:
-        return _mean(_forms(e, y) * (_length_factors(e) if normalize else 1))
+        return _mean(_forms(e, y) * (_length_factor(jnp.sum(e**2, axis=1), e.shape[1]) if normalize else 1))
     q, r = jnp.linalg.qr(jax.lax.stop_gradient(y).T)
     z = apply(q.T).T
     s, _ = _leave_one_out(r)
@@ -418,8 +419,16 @@ def xtrace(matvec: Matvec, probes: Any, *, normalize: bool = False) -> Estimate:
     u = e - _dot(q, v).T
     inside = _dot(q.T, z)
     traces = jnp.trace(inside) - jnp.sum(s * _dot(inside, s), axis=0)
-    forms = _forms(u, y - _dot(z, v).T) * (_length_factors(u) if normalize else 1)
-    return _mean(traces + forms)
+    forms = _forms(u, y - _dot(z, v).T)
+    # without e_j too, u_i grows by (p . v_i) Q p, p the rest of s_j beside s_i
+    grown, known = _beside_each(s, v), _squares_beside_each(s, inside)
+    along = _beside_each(s, r + _dot(e, z).T - _dot(inside + inside.T, v))
+    fewer = forms[:, None] + grown * along + grown**2 * known
+    if normalize:
+        squares = jnp.sum(u**2, axis=1)
+        forms = forms * _length_factor(squares, u.shape[1] - n + 1)
+        fewer = fewer * _length_factor(squares[:, None] + grown**2, u.shape[1] - n + 2)
+    return _leave_one_out_mean(traces + forms, known + forms[:, None] - fewer)
 
 
 def xnystrace(matvec: Matvec, probes: Any, *, normalize: bool = False) -> Estimate:
@@ -444,10 +453,9 @@ def xnystrace(matvec: Matvec, probes: Any, *, normalize: bool = False) -> Estima
             the estimate is biased.
 
     Returns:
-        The mean of the t_i ``[]`` and their standard deviation over sqrt(n) ``[]``: a rule of thumb, since the t_i
-        are not independent, and too small, by half in the worst case seen; infinite for n = 1. NaN where H is not
-        symmetric or has an eigenvalue below zero by more than rounding: then A is not what this estimator is for, and
-        ``xtrace`` is.
+        The mean of the t_i ``[]`` and its standard error ``[]`` as in ``xtrace``, infinite for n = 1. NaN where H is
+        not symmetric or has an eigenvalue below zero by more than rounding: then A is not what this estimator is for,
+        and ``xtrace`` is.
 
     Raises:
         TypeError: ``probes`` not of floats of one dtype, or A e of another dtype.
@@ -483,10 +491,13 @@ def xnystrace(matvec: Matvec, probes: Any, *, normalize: bool = False) -> Estima
     w = _dot(f, e.T)
     w = w - c * jnp.sum(c * w, axis=0, keepdims=True)
     forms = _forms(e, y) - jnp.sum(w * _dot(twice, w), axis=0)
+    known, fewer = _squares_beside_each(c, gram), forms[:, None] + _beside_each(c, w) ** 2  # without e_j too
     if normalize:
-        _, lengths = _leave_one_out(jnp.linalg.qr(jax.lax.stop_gradient(e).T, mode="r"))
-        forms = forms * ((m - n + 1) / lengths**2)
-    return _mean(jnp.where(asked, traces + forms, jnp.nan))
+        s, lengths = _leave_one_out(jnp.linalg.qr(jax.lax.stop_gradient(e).T, mode="r"))
+        forms = forms * _length_factor(lengths**2, m - n + 1)
+        fewer = fewer * _length_factor(lengths[:, None] ** 2, m - n + 2) * _sines(s) ** 2
+    terms, changes = traces + forms, known + forms[:, None] - fewer
+    return _leave_one_out_mean(jnp.where(asked, terms, jnp.nan), changes)
 
 
 def choose(matvec: Matvec, probes: Any, products: int, *, positive: bool = False) -> Choice:
@@ -502,10 +513,10 @@ def choose(matvec: Matvec, probes: Any, products: int, *, positive: bool = False
     ratio of its variance to the best one.
 
     With max(4, products / 2) pilots it erred, root mean square over pilots, at most 1.3 times as much as the best of
-    the four on flat, linear, i^-2, 0.7^i and step spectra in random bases, m 64 and 200, 6 to 60 products. With fewer
-    pilots it can miss by more, and so it can where all but a few eigenvalues are equal: then two tiny errors
-    compete. A step beyond the pilots it does not see at all: at 50, with 48 pilots and 96 products, it erred 55 times
-    as much; on the Jacobian of an untrained network 1.36 times. On the host: its inputs must be known.
+    the four on flat, linear, i^-2, 0.7^i and step spectra in random bases, m 64 and 200, 6 to 96 products, and on
+    Jacobians of networks (benchmarks/trace_estimators.py). With fewer pilots it can miss by more, and so it can where
+    all but a few eigenvalues are equal: then two tiny errors compete. A step at more than twice the pilots it does not
+    see. On the host: its inputs must be known.
 
     Args:
         matvec: e -> A e, ``[*event] -> [*event]``, or between pytrees.
@@ -681,10 +692,50 @@ def _unit_columns(a: Array) -> Array:
     return a / jnp.linalg.norm(a, axis=0, keepdims=True)
 
 
-def _length_factors(u: Array) -> Array:
-    """(m - n + 1) / |u_i|^2 for the rows of u ``[n, m]``: 0 where u_i is."""
-    squares = jnp.sum(u**2, axis=1)
-    return jnp.where(squares > 0, (u.shape[1] - u.shape[0] + 1) / jnp.where(squares > 0, squares, 1), 0)
+def _length_factor(squares: Array, mean: int) -> Array:
+    """What makes squared norms their mean: 0 where they are 0."""
+    return jnp.where(squares > 0, mean / jnp.where(squares > 0, squares, 1), 0)
+
+
+def _sines(s: Array) -> Array:
+    """Of the angles between the unit columns of s, ``[n, n]``; 1 where they are parallel, and nothing is beside."""
+    squares = 1 - _dot(s.T, s) ** 2
+    return jnp.sqrt(jnp.where(squares > _eps(s.dtype), squares, 1))
+
+
+def _beside_each(s: Array, a: Array) -> Array:
+    """p_ij . a_i, p_ij the unit vector in the span of s_i and s_j that is orthogonal to s_i; columns, ``[n, n]``."""
+    along = _dot(s.T, a)
+    products = along.T - _dot(s.T, s) * jnp.diagonal(along)[:, None]
+    return jnp.where(_apart(s), products / _sines(s), 0)
+
+
+def _squares_beside_each(s: Array, a: Array) -> Array:
+    """p_ij^T A p_ij, p_ij as in ``_beside_each``."""
+    cosines, inside = _dot(s.T, s), _dot(s.T, _dot(a, s))
+    own = jnp.diagonal(inside)
+    products = own[None] - cosines * (inside + inside.T) + cosines**2 * own[:, None]
+    return jnp.where(_apart(s), products / _sines(s) ** 2, 0)
+
+
+def _apart(s: Array) -> Array:
+    """Whether two columns are different ones, and not parallel."""
+    return 1 - _dot(s.T, s) ** 2 > _eps(s.dtype)
+
+
+def _leave_one_out_mean(terms: Array, changes: Array) -> Estimate:
+    """The mean of t_i ``[n]``, each the function of probe i and of all the others alike, and its standard error.
+
+    The t_i have one variance v and one covariance c: Var(mean) = (v + (n - 1) c) / n and E[s^2] = v - c. Over probe i
+    alone t_i has the mean tr A, whatever the others; so what t_i and t_j have in common depends on both probes. It is
+    in D_ij = t_i - t_ij and in D_ji, with t_ij what t_i is without probe j; the rest of D_ij depends on one of the two
+    alone, and on another one than that of D_ji. So E[D_ij D_ji] = c, and s^2 / n + mean D_ij D_ji is unbiased.
+    """
+    n = terms.size
+    changes = jax.lax.stop_gradient(changes)
+    covariance = (jnp.sum(changes * changes.T) - jnp.sum(jnp.diagonal(changes) ** 2)) / (n * (n - 1)) if n > 1 else 0
+    plain = _mean(terms)
+    return Estimate(plain.value, _root(plain.stderr**2 + jnp.maximum(covariance, 0)) if n > 1 else plain.stderr)
 
 
 def _choose(e: np.ndarray, y: np.ndarray, products: int, positive: bool) -> Choice:
@@ -722,19 +773,20 @@ def _choose(e: np.ndarray, y: np.ndarray, products: int, positive: bool) -> Choi
     weights = np.exp(weights - np.max(weights))
     weights = weights / np.sum(weights)
     table = [2 * few * np.maximum(share - excess - signs * traces**2 / m, 0)]
+    both_sides = 2 * share - 1  # a sketch of the range of A shortens its rows too only so far as A is symmetric
     s = max((products - 1) // 3, 1)
     if (g := products - 2 * s) >= 1:
         options.append(Choice("hutch_pp", functools.partial(hutch_pp, sketch=s), s + g, "rademacher"))
-        rho, rest, _ = _left(spectra, counts, spectra**2, s, signs)
+        rho, rest, _ = _left(spectra, counts, spectra**2, s, signs, both_sides)
         table.append(2 / g * share * np.maximum(rho - rest**2 / m, 0))
     if (n := products // 2) >= 2:
         options.append(Choice("xtrace", functools.partial(xtrace, normalize=True), n, "sphere"))
-        rho, rest, effective = _left(spectra, counts, spectra**2, n - 1, signs)
+        rho, rest, effective = _left(spectra, counts, spectra**2, n - 1, signs, both_sides)
         free = m - n + 1
         table.append(2 / n * share * (1 + (n - 1) / effective) * np.maximum(rho - rest**2 / free, 0))
     if positive and (n := products) >= 2:
         options.append(Choice("xnystrace", functools.partial(xnystrace, normalize=True), n, "sphere"))
-        rho, rest, _ = _left(spectra, counts, spectra, n - 1, np.ones_like(signs))
+        rho, rest, _ = _left(spectra, counts, spectra, n - 1, np.ones_like(signs), 1.0)
         free = m - n + 1
         correlated = min(m / free, 2) * (1 + (n - 1) * rho / rest**2)  # the first factor was measured, not derived
         table.append(2 / n * correlated * np.maximum(rho - rest**2 / free, 0))
@@ -755,7 +807,7 @@ def _spectra(m: int, p: int) -> tuple[np.ndarray, np.ndarray]:
     steps = [
         np.where(i <= k, 1, tail * (1 - i / m) if tail > 0.02 else tail)
         for k in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 25, 30, 40, 50, 65, 80)
-        if k <= min(p, m - 1)  # p pilots do not see a later step
+        if k <= min(2 * p, m - 1)  # p pilots do not see a much later step
         for tail in (0.3, 0.1, 0.03, 0.01, 1e-3, 1e-6)
     ]
     return np.maximum(np.stack(powers + decays + ramps + steps), 1e-12), counts
@@ -773,13 +825,15 @@ def _shrink(sigma: np.ndarray, counts: np.ndarray, r: int) -> tuple[np.ndarray, 
 
 
 def _left(
-    spectra: np.ndarray, counts: np.ndarray, sigma: np.ndarray, r: int, signs: np.ndarray
+    spectra: np.ndarray, counts: np.ndarray, sigma: np.ndarray, r: int, signs: np.ndarray, both_sides: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What a sketch of r probes leaves of A: its squared norm, its trace, the effective dimension of the one-sided
     rest.
 
     With P the projection away from the sketch of ``sigma`` (A^2 for a projection, A for Nystrom), E[P] = D and
-    E[P A P] = D A D + D sigma D tr(A sigma D^2) / (gamma^2 r - tr(sigma^2 D^2)) to first order.
+    E[P A P] = D A D + D sigma D tr(A sigma D^2) / (gamma^2 r - tr(sigma^2 D^2)) to first order. Where the rows of A
+    have nothing to do with its range, P on their side is a random projection to m - r dimensions, and the squared norm
+    is tr(D A^2) (1 - r / m); ``both_sides`` is 1 for a symmetric A and 0 there.
     """
     gamma, d = _shrink(sigma, counts, r)
     shrunk = sigma * d / gamma  # sigma / (sigma + gamma)
@@ -787,6 +841,8 @@ def _left(
     norm = (
         np.sum(counts * (spectra * d) ** 2, axis=1) + signs * np.sum(counts * spectra * shrunk * d, axis=1) ** 2 / free
     )
+    one_sided = np.sum(counts * spectra**2 * d, axis=1) * (1 - r / np.sum(counts))
+    norm = both_sides * norm + (1 - both_sides) * one_sided
     trace = np.sqrt(signs) * np.sum(counts * spectra * d, axis=1)
     rest = sigma * d
     return norm, trace, np.sum(counts * rest, axis=1) ** 2 / np.sum(counts * rest**2, axis=1)

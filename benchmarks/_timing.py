@@ -86,10 +86,14 @@ def ratio(over: Seconds, under: Seconds, scale: float = 1.0) -> Ratio:
     return Ratio(over.median / (scale * under.median), *map(float, np.quantile(each, [0.25, 0.75])))
 
 
+_shown: list[dict[str, Any]] = []  # the tables of the benchmark that is running, until ``write``
+
+
 def show(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table: text to the left, numbers to the right."""
+    """Print a table, text to the left, numbers to the right, and keep it for ``write``."""
     text = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(header), *text]) for i in range(len(header))]
+    _shown.append({"title": title, "header": list(header), "rows": text})
     print(f"\n{title}\n")
     for line in [list(header), ["-" * width for width in widths], *text]:
         left = line[0].ljust(widths[0])
@@ -98,12 +102,18 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> No
 
 
 def write(name: str, config: Any, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> Path:
-    """Write ``<config.out>/<name>.json``: configuration, machine, every row, and the result."""
+    """Write ``<config.out>/<name>.json``: configuration, machine, every row, the result, and the tables as printed.
+
+    Of a path in the configuration only the last part is kept.
+    """
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "benchmark": name,
-        "config": asdict(config),
+        "config": {
+            key: Path(value).name if isinstance(value, str) and "/" in value else value
+            for key, value in asdict(config).items()
+        },
         "machine": {
             "python": platform.python_version(),
             "jax": jax.__version__,
@@ -114,9 +124,11 @@ def write(name: str, config: Any, rows: Sequence[Mapping[str, Any]], result: Map
         },
         "rows": list(rows),
         "result": dict(result),
+        "tables": list(_shown),
     }
+    _shown.clear()
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
     return path
 
 

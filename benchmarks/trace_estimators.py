@@ -11,14 +11,15 @@ errors      Relative error, root mean square over draws (and examples: over the 
             linear, i^-2, 0.7^i, a step); Jacobians dv/dx of tanh networks on the 8 x 8 digits, at the start and after
             flow matching, at random t and x_t of test digits; with ``--graph``, the cube of an adjacency matrix, whose
             trace is six times the number of triangles. Groups of coordinates are learnt from Jacobians at other digits
-            than those tested. Every draw of ``trace.choose`` has pilots of its own, max(4, products / 2) of them, which
-            are not counted: its estimator may be kept for many estimates. Beside it: how often a two-sigma interval
-            holds the trace.
+            than those tested. Every draw of ``trace.choose`` has pilots of its own, max(4, products / 2) of them, at
+            one example, which are not counted: its estimator serves for all the examples. Beside it: how often a
+            two-sigma interval holds the trace.
 costs       Time over one evaluation of the field f, float32: a tanh network of two hidden layers of h units, v(t, x),
             m dimensions, a batch of B. One probe, 16 probes, the exact trace by products, and the one that a field of
             ``networks.vector_field`` offers, its tables being made once, before. Every way returns f(x) too, and every
-            evaluation is one of several in a row inside one compiled loop, as in a solve, with nothing carried over. Of
-            the rounds the fastest counts.
+            evaluation is one of several in a row inside one compiled loop, as in a solve, with nothing carried over.
+            The examples of a batch have probes of their own; "shared" says that they all have the same, as a caller
+            may choose. The figure is the median over the rounds of the ratio within a round.
 gradients   value_and_grad by the parameters of mean(f^2 + div f), over that of mean(f^2) alone. The field's own
             divergence makes its tables anew.
 laplacians  Of a scalar network u(t, x), over one evaluation of u.
@@ -62,7 +63,7 @@ PEERS = {
     "matfree Hutchinson": "rademacher",
     "matfree XTrace": "xtrace",
 }  # and which of ours they are to be compared with
-ONE_BY_ONE = ("xnystrace", "traceax XNysTrace", "traceax XTrace", "matfree XTrace")
+ONE_BY_ONE = ("xtrace", "xnystrace", "traceax XNysTrace", "traceax XTrace", "matfree XTrace")
 """Draws of these follow each other: on a CPU, batches of independent decompositions, run at once, can stand still."""
 COLORS = {
     "rademacher": "#0072B2", "gaussian": "#56B4E9", "sphere": "#999999", "orthogonal": "#8C6D31",
@@ -80,7 +81,8 @@ class Config:
     parts: tuple[str, ...] = PARTS
     """Which of errors, costs, gradients and laplacians."""
     graph: str | None = None
-    """A file with one edge a line, two node numbers first: its triangles are counted too."""
+    """A file with one edge a line, two node numbers first, below a line with the numbers of nodes and edges or none:
+    its triangles are counted too."""
     dimension: int = 200
     """Of the known spectra."""
     products: tuple[int, ...] = (6, 24, 96)
@@ -113,7 +115,7 @@ class Config:
     """Evaluations in a row, until they take about this long."""
     seconds: float = 1.0
     """What all rounds of one cell may take together, about; three rounds there are at least, but two of slow ones."""
-    repeats: int = 15
+    repeats: int = 25
     """Rounds, at most."""
 
 
@@ -261,6 +263,8 @@ def fields(config: Config) -> list[Map]:
 def graph_map(file: str) -> Map:
     """e -> A^3 e, A the adjacency matrix of the graph, without loops or directions."""
     lines = [line.split()[:2] for line in Path(file).read_text().splitlines() if line.strip() and line[0] not in "#%"]
+    if lines and lines[0][-1] == str(len(lines) - 1):
+        lines = lines[1:]  # a head: numbers of nodes and edges
     if not lines:
         raise ValueError(f"graph {file} has no edges: one a line, two node numbers first.")
     nodes, ends = np.unique(np.asarray(lines).ravel(), return_inverse=True)
@@ -386,14 +390,14 @@ def errors_of(name: str, estimator: Estimator, each: Map, draws: int) -> Errors:
     return Errors(error**2, inside if np.all(np.isfinite(stderr)) else None)
 
 
-def choices(config: Config, each: Map, k: int) -> list[tuple[trace.Choice, int]]:
-    """What ``trace.choose`` says for pilots drawn anew, and for which example."""
+def choices(config: Config, each: Map, k: int) -> list[trace.Choice]:
+    """What ``trace.choose`` says for pilots drawn anew, at one example after the other."""
     chosen = []
     for index in range(config.pilots):
         example = index % len(each.truth)
         matvec = partial(each.apply, jax.tree.map(lambda leaf, i=example: leaf[i], each.data))
         pilots = probes.rademacher(jax.random.fold_in(jax.random.key(8), index), jnp.zeros(each.m), max(4, k // 2))
-        chosen.append((trace.choose(matvec, pilots, k, positive=each.positive), example))
+        chosen.append(trace.choose(matvec, pilots, k, positive=each.positive))
     return chosen
 
 
@@ -426,7 +430,7 @@ def errors(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any], list[T
                     if estimator is not None:
                         table[each.name, name, k] = errors_of(name, estimator, each, draws)
                 squares, picked = [], []
-                for choice, example in choices(config, each, k):
+                for choice in choices(config, each, k):
                     kind = (choice.name, str(choice.estimator.keywords), choice.num, choice.draw)
                     name = "hadamard" if choice.name == "hutchinson" else choice.name
                     if name == "hutch_pp":  # its sketch may be of another size than ours here
@@ -439,17 +443,14 @@ def errors(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any], list[T
                                 ),
                             )
                             table[each.name, name, k] = errors_of(name, estimator, each, draws)
-                    squares.append(table[each.name, name, k].squares[example])
+                    squares.append(table[each.name, name, k].squares)
                     picked.append(choice.name)
-                examples = sorted({index % len(each.truth) for index in range(config.pilots)})
-                table[each.name, "choose", k] = Errors(np.stack(squares), None)
-                among = [table[each.name, name, k].squares for name in CHOOSES if name in names]
-                best = min(np.mean(one[examples]) for one in among)
-                everywhere = min(np.mean(one) for one in among)  # the pilots saw a few of the examples
+                table[each.name, "choose", k] = Errors(np.concatenate(squares), None)
+                best = min(np.mean(table[each.name, name, k].squares) for name in CHOOSES if name in names)
                 rows.append(
                     {
                         "part": "errors", "map": each.name, "way": "choose", "products": k,
-                        "error": float(np.sqrt(np.mean(squares) / (best + 1e-300) * everywhere)) / scale,
+                        "error": float(np.sqrt(np.mean(squares))) / scale,
                         "covered": None,
                         "over best": float(np.sqrt((np.mean(squares) + 1e-28 * scale**2) / (best + 1e-28 * scale**2))),
                         "chosen": {name: picked.count(name) for name in sorted(set(picked))},
@@ -622,9 +623,8 @@ def timed(config: Config, ways: Mapping[str, Way]) -> dict[str, Seconds]:
 
 
 def over(one: Seconds, other: Seconds) -> Ratio:
-    """A ratio of the fastest rounds, for other programs can only slow them down; with the quartiles over the rounds."""
-    quartiles = np.quantile(one.rounds / other.rounds, [0.25, 0.75])
-    return Ratio(float(one.rounds.min() / other.rounds.min()), *map(float, quartiles))
+    """The median over the rounds of the ratio within a round, with the quartiles."""
+    return Ratio(*map(float, np.quantile(one.rounds / other.rounds, [0.5, 0.25, 0.75])))
 
 
 def plain(field: VectorField) -> VectorField:
@@ -703,6 +703,8 @@ def cost_ways(
         "1 probe, jax.jvp": (batched(by_jvp, f), params, x, one),
         "16 probes": (batched(divergence.hutchinson, f), params, x, many),
     }
+    alike = jax.vmap(lambda x, params, e: divergence.hutchinson(lambda x: f(half, x, params), x, e), (0, None, None))
+    ways["16 probes, shared"] = (lambda params, x, e: alike(x, params, e), params, x, many[0])
     for package in ("traceax", "matfree"):
         if package in found:
             for name, e in (("1 probe", one), ("16 probes", many))[: 2 if batch <= 64 else 1]:
@@ -739,20 +741,18 @@ def costs(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any], list[Ta
                 cell = {name: (beside if name in slow else times)[name] for name in ways}
                 cells[width, m, batch] = cell
                 memory[width, m, batch] = {name: way.memory for name, way in ways.items()}
-                alone = min(times["f"].rounds.min(), beside["f"].rounds.min())
                 for name, each in cell.items():
                     cost = over(each, beside["f"] if name in slow else times["f"])
-                    cost = cost._replace(value=float(each.rounds.min() / alone))
                     rows.append(
                         {
                             "part": "costs", "width": width, "m": m, "batch": batch, "way": name,
-                            "seconds": float(each.rounds.min()), "rounds": len(each.rounds), "compile": each.first,
+                            "seconds": each.median, "rounds": len(each.rounds), "compile": each.first,
                             "cost": cost.value, "quartiles": cost[1:], "bytes": ways[name].memory,
                         }
                     )  # fmt: skip
                 last = {row["way"]: row["cost"] for row in rows[-len(cell) :]}
                 runs.say(
-                    f"h {width}, m {m}, B {batch}: f {1e6 * cell['f'].rounds.min():.4g} us; "
+                    f"h {width}, m {m}, B {batch}: f {1e6 * cell['f'].median:.4g} us; "
                     + ", ".join(f"{name} {cost:.2f}" for name, cost in last.items() if name != "f")
                 )
     return rows, *report_costs(config, rows, cells, memory)
@@ -773,7 +773,7 @@ def report_costs(
         [
             [
                 f"{h}, {m}, {b}",
-                float(1e6 * cell["f"].rounds.min()),
+                1e6 * cell["f"].median,
                 *(f"{costs[h, m, b, name]:.2f}" if name in cell else "-" for name in names),
             ]
             for (h, m, b), cell in cells.items()
@@ -804,17 +804,18 @@ def report_costs(
     for key, cell in cells.items():
         others = [cell[name] for name in ("1 probe, traceax", "1 probe, matfree") if name in cell]
         if others:
-            fastest = min(others, key=lambda each: each.rounds.min())
+            fastest = min(others, key=lambda each: each.median)
             beside[key] = over(cell["1 probe"], fastest).value
     targets += worst(beside, "1 probe over the faster of traceax and matfree, worst", high=1.05)
     if (512, 64, 64) in beside:
         targets.append(Target("traceax and matfree over 1 probe, h 512, m 64, B 64", 1 / beside[512, 64, 64], low=2.0))
-    targets += worst(costs_of("16 probes", lambda h, m, b: (h, b) == (64, 64)), "16 probes over f, worst", high=11.5)
+    for way in ("16 probes", "16 probes, shared"):
+        targets += worst(costs_of(way, lambda h, m, b: (h, b) == (64, 64)), f"{way}, over f, worst", high=11.5)
     targets += worst(costs_of("16 probes", lambda h, m, b: (h, m, b) == (64, 3072, 512)), "16 probes over f", high=29.0)
     shares = {}
     for key, cell in cells.items():
         if "exact" in cell:
-            better = min((cell["exact, jacfwd"], cell["exact, vjp"]), key=lambda each: each.rounds.min())
+            better = min((cell["exact, jacfwd"], cell["exact, vjp"]), key=lambda each: each.median)
             shares[key] = over(cell["exact"], better).value
     for h, high in ((64, 0.35), (512, 0.65)):
         here = {key: share for key, share in shares.items() if key[:2] == (h, 784)}
@@ -879,7 +880,7 @@ def over_first(
             cost = over(each, times[base])
             rows.append(
                 {
-                    "part": part, "cell": cell, "way": name, "seconds": float(each.rounds.min()),
+                    "part": part, "cell": cell, "way": name, "seconds": each.median,
                     "rounds": len(each.rounds),
                     "compile": each.first, "cost": cost.value, "quartiles": cost[1:], "bytes": ways[name].memory,
                 }
@@ -1025,6 +1026,7 @@ LINES = {
     "1 probe, traceax": {"color": "#E69F00", "linewidth": 1.2, "marker": "s"},
     "1 probe, matfree": {"color": "#CC79A7", "linewidth": 1.2, "marker": "^"},
     "16 probes": {"color": "#0072B2", "linewidth": 2.4, "marker": "o"},
+    "16 probes, shared": {"color": "#56B4E9", "linewidth": 1.6, "marker": "v"},
     "16 probes, traceax": {"color": "#E69F00", "linewidth": 1.2, "marker": "s"},
     "16 probes, matfree": {"color": "#CC79A7", "linewidth": 1.2, "marker": "^"},
     "structured": {"color": "#009E73", "linewidth": 2.4, "marker": "D"},

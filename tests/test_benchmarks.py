@@ -49,6 +49,28 @@ def test_measure_takes_turns_and_a_ratio_is_of_medians(load):
     assert timing.ratio(over, under, scale=2.0) == pytest.approx((1.5, 1.75, 3.0))
 
 
+def test_the_page_is_that_of_the_results_and_names_every_benchmark(load):
+    script = load("page")
+    assert (FOLDER / "README.md").read_text() == script.page(), "python benchmarks/page.py writes the page anew"
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"page", "_timing"}
+    assert scripts == {one.name for one in script.SECTIONS}
+
+
+def test_the_page_shows_tables_and_pictures(load, tmp_path):
+    timing, script = load("_timing"), load("page")
+    config = load("samplers").Config(out=str(tmp_path))
+    timing.show("Wanted: times", ("case", "ratio"), [["a", 1.23456], ["b", "-"]])
+    timing.show("Other", ("case", "ratio"), [["c", 3.0]])
+    timing.write("samplers", config, [], {})
+    (tmp_path / "samplers_more.png").write_bytes(b"")
+    text = script.section(script.Section("samplers", "at most 2", ("Wanted",)), tmp_path)
+    assert "| case | ratio |\n| --- | ---: |\n| a | 1.235 |\n| b | - |" in text
+    assert "Other" not in text
+    assert f"![samplers_more]({tmp_path.name}/samplers_more.png)" in text
+    assert json.loads((tmp_path / "samplers.json").read_text())["config"]["out"] == tmp_path.name
+    assert "No run of it" in script.section(script.Section("sampling", "at most 2"), tmp_path)
+
+
 def test_both_ways_to_step_are_the_same_process(load):
     """x_n of x' = -x with noise 0.7 in n = 10 steps from 1 has mean (1 - dt)^n and variance
     0.49 dt sum_k (1 - dt)^(2k); 8,192 entries, 4.5 sigma each: false alarms 3e-5 in all, keys fixed."""

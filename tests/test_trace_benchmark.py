@@ -53,7 +53,7 @@ def test_errors_have_the_variance_of_closed_form(script):
 
 def test_graph_counts_triangles(script, tmp_path):
     """Two triangles that share an edge, a loop and an edge named twice, which are no more."""
-    (tmp_path / "edges.txt").write_text("# a comment\n7 8\n8 9 1.5\n9 7\n9 8\n8 10\n10 9\n7 7\n")
+    (tmp_path / "edges.txt").write_text("# a comment\n4 7\n7 8\n8 9 1.5\n9 7\n9 8\n8 10\n10 9\n7 7\n")
     with jax.enable_x64(True):
         each = script.graph_map(str(tmp_path / "edges.txt"))
         columns = jax.vmap(lambda e: each.apply(jax.tree.map(lambda leaf: leaf[0], each.data), e))(jnp.eye(each.m))
@@ -75,7 +75,9 @@ def test_cost_ways_give_the_same_numbers(script):
         np.testing.assert_allclose(value, outcomes["f"][0], atol=1e-5, err_msg=name)
     for kind in ("1 probe", "16 probes", "exact"):
         for name, (_, number) in outcomes.items():
-            if name.startswith(kind):
+            if name.startswith(kind) and name.endswith("shared"):  # those of the first example
+                np.testing.assert_allclose(number[0], outcomes[kind][1][0], atol=2e-5, err_msg=name)
+            elif name.startswith(kind):
                 np.testing.assert_allclose(number, outcomes[kind][1], atol=2e-5, err_msg=name)
     np.testing.assert_allclose(outcomes["structured"][1], outcomes["exact"][1], atol=1e-5)
 

@@ -10,10 +10,10 @@ errors      Relative error, root mean square over draws (and examples: over the 
             against the number of products, in float64. Maps: five spectra in a random basis of 200 dimensions (flat,
             linear, i^-2, 0.7^i, a step); Jacobians dv/dx of tanh networks on the 8 x 8 digits, at the start and after
             flow matching, at random t and x_t of test digits; with ``--graph``, the cube of an adjacency matrix, whose
-            trace is six times the number of triangles. Groups of coordinates are learnt from Jacobians at other digits
-            than those tested. Every draw of ``trace.choose`` has pilots of its own, max(4, products / 2) of them, at
-            one example, which are not counted: its estimator serves for all the examples. Beside it: how often a
-            two-sigma interval holds the trace.
+            trace is six times the number of triangles. Groups of coordinates, and the basis into which Rademacher
+            probes are turned, are learnt from Jacobians at other digits than those tested. Every draw of
+            ``trace.choose`` has pilots of its own, max(4, products / 2) of them, at one example, which are not counted:
+            its estimator serves for all the examples. Beside it: how often a two-sigma interval holds the trace.
 costs       Time over one evaluation of the field f, float32: a tanh network of two hidden layers of h units, v(t, x),
             m dimensions, a batch of B. One probe, 16 probes, the exact trace by products, and the one that a field of
             ``networks.vector_field`` offers, its tables being made once, before. Every way returns f(x) too, and every
@@ -54,6 +54,8 @@ from dgm_jax.types import Array, VectorField
 
 PARTS = ("errors", "costs", "gradients", "laplacians")
 PROBES = ("rademacher", "gaussian", "sphere", "orthogonal", "hadamard")
+LEARNT = ("groups", "rotated")
+"""Those that know other maps of the kind."""
 CHOOSES = ("hadamard", "hutch_pp", "xtrace", "xnystrace")
 PEERS = {
     "traceax Hutchinson": "rademacher",
@@ -67,7 +69,7 @@ ONE_BY_ONE = ("xtrace", "xnystrace", "traceax XNysTrace", "traceax XTrace", "mat
 """Draws of these follow each other: on a CPU, batches of independent decompositions, run at once, can stand still."""
 COLORS = {
     "rademacher": "#0072B2", "gaussian": "#56B4E9", "sphere": "#999999", "orthogonal": "#8C6D31",
-    "hadamard": "#CC79A7", "groups": "#000000", "hutch_pp": "#E69F00", "na_hutch_pp": "#F0E442",
+    "hadamard": "#CC79A7", "groups": "#000000", "rotated": "#666600", "hutch_pp": "#E69F00", "na_hutch_pp": "#F0E442",
     "xtrace": "#009E73", "xnystrace": "#D55E00", "choose": "#7F0000",
 }  # fmt: skip
 
@@ -153,6 +155,7 @@ class Map(NamedTuple):
         truth: the traces ``[examples]``.
         positive: whether they are symmetric and positive semidefinite.
         groups: number of groups -> the group of each coordinate; where they could be learnt.
+        basis: eigenvectors of the mean symmetric part of other maps of the kind, ``[m, m]``; where there are others.
         one_by_one: whether the draws follow each other, to save memory.
     """
 
@@ -163,6 +166,7 @@ class Map(NamedTuple):
     truth: np.ndarray
     positive: bool = False
     groups: Mapping[int, np.ndarray] | None = None
+    basis: Array | None = None
     one_by_one: bool = False
 
 
@@ -253,10 +257,12 @@ def fields(config: Config) -> list[Map]:
         for state, params in (("at the start", start), ("trained", train(field, start, train_digits, steps))):
             tested = jacobians(params, jax.random.key(5), test_digits[: config.examples])
             others = jacobians(params, jax.random.key(6), train_digits[: 8 * config.examples])
-            groups = {k: probes.learn_groups((others + others.swapaxes(1, 2)) / 2, k) for k in config.field_products}
+            symmetric = (others + others.swapaxes(1, 2)) / 2
+            groups = {k: probes.learn_groups(symmetric, k) for k in config.field_products}
             with jax.enable_x64(True):
-                data = jnp.asarray(tested)
-            maps.append(Map(f"digits h={width}, {state}", product, data, 64, np.trace(tested, 0, 1, 2), groups=groups))
+                data, basis = jnp.asarray(tested), jnp.asarray(np.linalg.eigh(symmetric.mean(0))[1])
+            truth = np.trace(tested, 0, 1, 2)
+            maps.append(Map(f"digits h={width}, {state}", product, data, 64, truth, groups=groups, basis=basis))
     return maps
 
 
@@ -298,16 +304,19 @@ def hutch_pp_split(k: int) -> tuple[int, int]:
     return s, k - 2 * s
 
 
-def ours(name: str, k: int, m: int, groups: Mapping[int, np.ndarray] | None = None) -> Estimator | None:
+def ours(name: str, k: int, m: int, each: Map | None = None) -> Estimator | None:
     """The estimator of that name with k products; ``None`` where it cannot use them."""
     if name in PROBES:
         population = {"orthogonal": m, "hadamard": 1 << (m - 1).bit_length()}.get(name)
         estimator = partial(trace.hutchinson, population=population)
         return lambda matvec, key, x: estimator(matvec, getattr(probes, name)(key, x, k))
-    if name == "groups":
-        if groups is None:
+    if name in LEARNT:
+        if each is None or each.groups is None:
             return None
-        return lambda matvec, key, x: trace.grouped(matvec, probes.grouped(key, x, groups[k]))
+        groups, basis = each.groups[k], each.basis
+        if name == "groups":
+            return lambda matvec, key, x: trace.grouped(matvec, probes.grouped(key, x, groups))
+        return lambda matvec, key, x: trace.hutchinson(matvec, probes.rotated(probes.rademacher(key, x, k), basis))
     if name == "hutch_pp":
         s, g = hutch_pp_split(k)
         return lambda matvec, key, x: trace.hutch_pp(matvec, probes.rademacher(key, x, s + g), sketch=s)
@@ -426,7 +435,7 @@ def errors(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any], list[T
                     if name in PEERS:
                         estimator = shared_peer(name, k, each.m)
                     else:
-                        estimator = ours(name, k, each.m, each.groups) if name == "groups" else shared(name, k, each.m)
+                        estimator = ours(name, k, each.m, each) if name in LEARNT else shared(name, k, each.m)
                     if estimator is not None:
                         table[each.name, name, k] = errors_of(name, estimator, each, draws)
                 squares, picked = [], []

@@ -15,8 +15,20 @@ covariance, E[e e^T] = I. With m entries in an example, S = (A + A^T) / 2 and n 
     xnystrace        n           A >= 0         A is symmetric positive semidefinite with a decaying spectrum
 
 A sketch pays with products for a part of the trace that it gets exactly, and leaves less to chance: where the squared
-spectrum is spread evenly, the products are better spent on more probes. benchmarks/trace_estimators.py measures both
-sides on trained velocity fields; ``choose`` decides from a few products.
+spectrum is spread evenly, the products are better spent on more probes. Relative errors, root mean square, as
+benchmarks/trace_estimators.py prints them: Jacobians of a velocity field trained on 64-dimensional digits, and the
+spectrum i^-2 in 200 dimensions.
+
+    products                             digits: 4    16      i^-2: 24    96
+    hutchinson, Rademacher probes        0.047        0.022   0.17        0.082
+    hutchinson, Hadamard probes          0.045        0.021   0.19        0.074
+    hutchinson, probes.rotated           0.026        0.013
+    grouped, learnt groups               0.033        0.010
+    hutch_pp                             0.071        0.042   0.011       0.0006
+    xtrace                               0.079        0.038   0.0064      0.0003
+    xnystrace                                                 0.0051      0.0003
+
+``choose`` decides from a few products.
 
 Derivatives: an estimate is differentiable in whatever ``matvec`` depends on, and its gradient estimates the gradient of
 the trace without bias. What was computed from the sketches (bases, factors, inverses) is held fixed: the expectation

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dgm_jax import (
         adjoint,
+        coverage,
         datasets,
         ddpm,
         densities,
+        dequantization,
         discrete_flows,
         divergence,
+        flow_matching,
         flows,
         fokker_planck,
         guidance,
@@ -27,7 +30,9 @@ if TYPE_CHECKING:
         plots,
         probes,
         quadrature,
+        regularizers,
         runs,
+        samplers,
         schedules,
         score_matching,
         sdes,
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
         structured,
         trace,
         training,
+        two_sample,
         types,
     )
 
@@ -42,11 +48,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "adjoint",
+    "coverage",
     "datasets",
     "ddpm",
     "densities",
+    "dequantization",
     "discrete_flows",
     "divergence",
+    "flow_matching",
     "flows",
     "fokker_planck",
     "guidance",
@@ -58,7 +67,9 @@ __all__ = [
     "plots",
     "probes",
     "quadrature",
+    "regularizers",
     "runs",
+    "samplers",
     "schedules",
     "score_matching",
     "sdes",
@@ -66,6 +77,7 @@ __all__ = [
     "structured",
     "trace",
     "training",
+    "two_sample",
     "types",
 ]
 

@@ -30,7 +30,7 @@ Sources: Chen et al. (2018), "Neural Ordinary Differential Equations", theorem 1
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,9 +131,10 @@ def log_prob(
 
     Raises:
         ValueError: where ``t_data == t_base``, or shapes do not match.
-        TypeError: where ``x`` is not floats.
+        TypeError: where ``x`` is not floats, or an argument is none of these.
         solvers.SolveError: where the solve fails and nothing is being transformed.
     """
+    _check_options("log_prob", options)
     x = _checks.floating("x", x)
     _check_times(t_data, t_base)
     if rule is not None:
@@ -193,6 +194,7 @@ def log_prob_batch(
     Raises:
         As ``log_prob``.
     """
+    _check_options("log_prob_batch", options)
     x = _checks.floating("x", x)
     _check_times(t_data, t_base)
     if x.ndim == 0 or x.shape[0] == 0:
@@ -246,6 +248,7 @@ def sample(
     Raises:
         As ``log_prob``.
     """
+    _check_options("sample", options)
     z = _checks.floating("z", z)
     _check_times(t_data, t_base)
     return solvers.odeint(velocity, z, args, t0=t_base, t1=t_data, **options)
@@ -282,6 +285,7 @@ def sample_and_log_prob(
     Raises:
         As ``log_prob``.
     """
+    _check_options("sample_and_log_prob", options)
     z = _checks.floating("z", z)
     _check_times(t_data, t_base)
     field, args = _with_divergence(velocity, divergence, probes, args)
@@ -318,7 +322,8 @@ def likelihood(
     The solver finds x(t) alone, and the divergences are taken at the nodes of a Clenshaw-Curtis rule, 9 of them and
     then twice as many each time, until there is a node for every two steps of the solver and the rule agrees with the
     coarser one, to within the tolerance atol + rtol |log p| or as well as the noise of the probes lets one see; or
-    until there are ``max_nodes``. A peak of the divergence that is narrower than the nodes' spacing, and that the
+    until there are ``max_nodes``. Two rules that agree where the one before them was far off are not believed: that
+    may be chance. A peak of the divergence that is narrower than the nodes' spacing, and that the
     solver's steps know nothing of, is missed, and the interval does not tell: ``in_solve`` is for such fields.
 
     The divergence is exact, unless probes are asked for in one of two ways. With a ``key``, node q has rows q k to
@@ -337,8 +342,9 @@ def likelihood(
         args: arrays that ``velocity`` needs.
         t_data: as in ``log_prob``.
         t_base: as in ``log_prob``.
-        key: a typed key, for random probes where they pay: with 16 dimensions or fewer, with no more dimensions than
-            ``num_probes``, and where the velocity has its own divergence, that is taken exactly all the same.
+        key: a typed key, for random probes where they pay: with 16 dimensions or fewer, and with no more dimensions
+            than ``num_probes``, the divergence is taken exactly all the same. So it is where the velocity has its own,
+            unless probes in a space of the velocity's take at most half the multiplications.
         num_probes: of each node with a ``key``: a power of two, at least 2.
         probes: independent random vectors ``[num, *event]``, num at least 2. With fewer than about 16 probes the
             standard error itself is uncertain: its distribution is Student's.
@@ -361,12 +367,13 @@ def likelihood(
     Raises:
         ValueError: for a single probe, which has no standard error; for a key and probes both, or a key with
             ``in_solve``; for numbers of probes or nodes that cannot be; and as ``log_prob``.
-        TypeError: where ``x`` is not floats, or ``key`` not a typed key.
+        TypeError: where ``x`` is not floats, ``key`` not a typed key, or an argument none of these.
         solvers.SolveError: where a solve fails and nothing is being transformed.
 
     Source: ``quadrature.clenshaw_curtis`` for the rule; Cochran (1977), "Sampling Techniques", theorem 2.2, for the
     variance of a mean over draws without replacement.
     """
+    _check_options("likelihood", options)
     x = _checks.floating("x", x)
     _check_times(t_data, t_base)
     if probes is not None:
@@ -393,10 +400,8 @@ def likelihood(
         _checks.typed_key(key)
         if _checks.positive_integer("num_probes", num_probes, 2) & (num_probes - 1):
             raise ValueError(f"num_probes must be a power of two, at least 2, got {num_probes}.")
-    structured = isinstance(velocity, StructuredField)
-    if key is not None and (structured or x.size <= max(_FEW_DIMENSIONS, num_probes)):
-        key = None
-    return _likelihood_at_nodes(solve, args, probes, key, num_probes, max_nodes, clock, t_data, t_base)
+    with jax.default_matmul_precision("highest"):
+        return _likelihood_at_nodes(solve, args, probes, key, num_probes, max_nodes, clock, t_data, t_base)
 
 
 _FEW_DIMENSIONS = 16  # in which an exact divergence costs no more than a good stochastic one
@@ -463,37 +468,29 @@ def _likelihood_at_nodes(
     ts, rates = _nodes(Quadrature(nested.nodes, np.ones(max_nodes)), clock, t_data, t_base, x.dtype)
     solution = solvers.solve_ode(solve.velocity, x, args, ts=ts, **solve.options, **solve.tight)
     loose = solvers.solve_ode(solve.velocity, x, args, ts=ts[nested.order[:_FIRST]], **solve.options, **solve.loose)
-    own = _own_divergence(solve.velocity, None, None, args) if probes is None and key is None else (None, args)
-    divergence_at, args = own
-    if key is None:
-        rows = None
-        num = 1 if probes is None else probes.shape[0]
-    else:
-        rows = _Hadamard.draw(key, x, num_probes)
-        num = num_probes
+    estimate, num, rows = _estimates(solve.velocity, x, args, probes, key, num_probes)
 
     def estimates(first: Array | int, ts: Array, xs: Array, num: int) -> Array:
         """``[nodes, num]``: the nodes from ``first`` on, in the order of visits, the first ``num`` probes of each."""
-
-        def one(q: Array, t: Array, y: Array) -> Array:
-            if divergence_at is not None:
-                return divergence_at(t, y, args, None)[1][None]
-            own = cast(Array, probes) if rows is None else rows.at_node(q)
-            return divergences.quadratic_forms(lambda point: solve.velocity(t, point, args), y, own[:num])[1]
-
-        with jax.default_matmul_precision("highest"):
-            return jax.vmap(one)(first + jnp.arange(len(ts), dtype=jnp.int32), ts, xs)
+        places = first + jnp.arange(len(ts), dtype=jnp.int32)
+        return jax.vmap(lambda q, t, y: estimate(q, t, y, num))(places, ts, xs)
 
     ts, rates = ts[nested.order], rates[nested.order]
-    places = jnp.asarray(nested.order / (max_nodes - 1), x.dtype)
+
+    def nodes_of(level: Any) -> Any:
+        return 1 + (_CHUNK << level)
+
+    places = nested.order / (max_nodes - 1)
+    if rows is not None:
+        lucks = jnp.asarray([rows.luck(places, nodes_of(level)) for level in range(len(nested.tables[0]))], x.dtype)
     xs = solution.xs[nested.order]
     rule, coarse, coarser = (jnp.asarray(table, x.dtype) * rates[None] for table in nested.tables)
     base = _base(solve.log_base, solution.x)
 
     def judged(level: Array, values: Array) -> tuple[Array, Array, Array, Array]:
-        """Of the rule at one level the value, its standard error, the quadrature's, and what of that may be noise."""
-        means = jnp.mean(values, axis=1)
-        fine, before, long_before = rule[level], coarse[level], coarser[level]
+        """Of the rule at one level the value, its standard error, the quadrature's, and whether these are the last."""
+        means, nodes = jnp.mean(values, axis=1), len(values)
+        fine, before, long_before = rule[level, :nodes], coarse[level, :nodes], coarser[level, :nodes]
         value = base + jnp.sum(fine * means)
         change = jnp.abs(jnp.sum((fine - before) * means))
         earlier = jnp.abs(jnp.sum((before - long_before) * means))
@@ -501,33 +498,43 @@ def _likelihood_at_nodes(
             stderr = jnp.zeros_like(value) if probes is None else _stderr(fine @ values)
             noise, seen = 0.1 * stderr, change
         else:  # each node's own probes: part of both changes is their noise
-            stderr = jnp.sqrt(rows.variance(fine, values, places))
-            variance = rows.variance(fine - before, values, places)
-            seen = jnp.sqrt(jnp.maximum(change**2 - variance, 0.0))
-            earlier = jnp.sqrt(jnp.maximum(earlier**2 - rows.variance(before - long_before, values, places), 0.0))
+
+            def variance(weights: Array) -> Array:
+                of_nodes = jnp.asarray(places[:nodes], values.dtype)
+                return rows.variance(weights, values, of_nodes, lucks[level, :nodes, :nodes])
+
+            stderr = jnp.sqrt(variance(fine))
+            of_change = variance(fine - before)
+            seen = jnp.sqrt(jnp.maximum(change**2 - of_change, 0.0))
+            earlier = jnp.sqrt(jnp.maximum(earlier**2 - variance(before - long_before), 0.0))
             # four sigma: of 10,000 examples that need no more nodes, one takes them
-            noise = 4 * jnp.sqrt(variance)
+            noise = 4 * jnp.sqrt(of_change)
         gain = jnp.where(earlier > seen, seen / jnp.where(earlier > 0, earlier, 1.0), 1.0)
-        return value, stderr, seen * jnp.maximum(gain, 0.1), noise
-
-    def unfinished(state: tuple[Array, Array]) -> Array:
-        chunks, values = state
-        level_done = (chunks & (chunks + 1)) == 0
-        value, _, quadrature_error, noise = judged(_level(chunks, nested), values)
+        # the floor: two rules may agree by chance, but seldom where the two before them were far apart
+        quadrature_error = jnp.maximum(seen * jnp.maximum(gain, 0.1), earlier / 1000)
         close = quadrature_error <= jnp.maximum(noise, solve.tolerance(value))
-        close &= 2 * (_FIRST + _CHUNK * chunks) >= solution.num_steps
-        close |= ~jnp.isfinite(value)
-        return (chunks < nested.num_chunks) & ~(level_done & close)
+        close &= 2 * nodes_of(level) >= solution.num_steps
+        last = (level == len(nested.tables[0]) - 1) | close | ~jnp.isfinite(value)
+        return value, stderr, quadrature_error, last
 
-    def more(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        chunks, values = state
-        first = _FIRST + _CHUNK * chunks
-        of_ts, of_xs = (jax.lax.dynamic_slice_in_dim(array, first, _CHUNK) for array in (ts, xs))
-        return chunks + 1, jax.lax.dynamic_update_slice_in_dim(values, estimates(first, of_ts, of_xs, num), first, 0)
+    def refined(state: Any) -> Any:
+        level, values, _ = state
+        first = nodes_of(level)
 
-    values = jnp.zeros((max_nodes, num), x.dtype).at[:_FIRST].set(estimates(0, ts[:_FIRST], xs[:_FIRST], num))
-    chunks, values = jax.lax.while_loop(unfinished, more, (jnp.int32(0), values))
-    value, stderr, quadrature_error, _ = judged(_level(chunks, nested), values)
+        def chunk(index: Array, values: Array) -> Array:
+            start = first + _CHUNK * index
+            of_ts, of_xs = (jax.lax.dynamic_slice_in_dim(array, start, _CHUNK) for array in (ts, xs))
+            return jax.lax.dynamic_update_slice_in_dim(values, estimates(start, of_ts, of_xs, num), start, 0)
+
+        values = jax.lax.fori_loop(0, 1 << level, chunk, values)
+        return level + 1, values, judged(level + 1, values)
+
+    values = estimates(0, ts[:_FIRST], xs[:_FIRST], num)
+    found = judged(jnp.int32(0), values)
+    values = jnp.zeros((max_nodes, num), x.dtype).at[:_FIRST].set(values)
+    first = jnp.int32(0), values, found
+    level, values, found = jax.lax.while_loop(lambda state: ~state[2][-1], refined, first)
+    value, stderr, quadrature_error, _ = found
     few = min(num, 4)  # probes are enough, for both have the same
     loosely = estimates(0, ts[:_FIRST], loose.xs, few)
     change = jnp.abs(jnp.sum(rule[0, :_FIRST] * jnp.mean(values[:_FIRST, :few] - loosely, axis=1)))
@@ -536,10 +543,42 @@ def _likelihood_at_nodes(
     value = jnp.where(solution.status == solvers.OK, value, jnp.nan)
     solver_error = jnp.where(loose.status == solvers.OK, solver_error, jnp.nan)
     error = jnp.where(jnp.isfinite(value), jnp.sqrt(stderr**2 + solver_error**2 + quadrature_error**2), jnp.nan)
-    num_divergences = _FIRST + _CHUNK * chunks
     return Likelihood(
-        value, stderr, solver_error, error, solution.nfe, solution.status, quadrature_error, num_divergences
+        value, stderr, solver_error, error, solution.nfe, solution.status, quadrature_error, nodes_of(level)
     )
+
+
+def _estimates(
+    velocity: VectorField, x: Array, args: Args, probes: Array | None, key: Array | None, num_probes: int
+) -> tuple[Callable[[Array, Array, Array, int], Array], int, "_Hadamard | None"]:
+    """What estimates the divergence at a node: (q, t, x, num) -> ``[num]`` by the first ``num`` probes of node q.
+
+    And how many probes that has, one if it is exact, and the rows that they are where each node has its own.
+    """
+
+    def forms(t: Array, x: Array, probes: Array) -> Array:
+        return divergences.quadratic_forms(lambda y: velocity(t, y, args), x, probes)[1]
+
+    if probes is not None:
+        return lambda q, t, x, few: forms(t, x, probes[:few]), len(probes), None
+    divergence_at, prepared = _own_divergence(velocity, None, None, args)
+    exact = lambda q, t, x, few: divergence_at(t, x, prepared, None)[1][None], 1, None
+    if key is None:
+        return exact
+    if isinstance(velocity, StructuredField):
+        if velocity.with_forms is None or velocity.probe_space is None:
+            return exact
+        own = velocity.with_forms
+        dim, worth = velocity.probe_space(prepared)
+        num = min(num_probes, 1 << (dim - 1).bit_length())
+        if worth < 2 * num:
+            return exact
+        rows = _Hadamard.draw(key, jax.ShapeDtypeStruct((dim,), x.dtype), num)
+        return lambda q, t, x, few: own(t, x, prepared, rows.at_node(q)[:few])[1], num, rows
+    if x.size <= max(_FEW_DIMENSIONS, num_probes):
+        return exact
+    rows = _Hadamard.draw(key, x, num_probes)
+    return lambda q, t, x, few: forms(t, x, rows.at_node(q)[:few]), num_probes, rows
 
 
 _FIRST, _CHUNK = 9, 8  # nodes of the first rule, and of one batch after it
@@ -551,7 +590,6 @@ class _Nested(NamedTuple):
     nodes: np.ndarray  # increasing [max_nodes]
     order: np.ndarray  # of the visits [max_nodes]
     tables: tuple[np.ndarray, np.ndarray, np.ndarray]  # weights of a level's rule, the last one's, that before [L, n]
-    num_chunks: int
 
 
 def _nested_rule(max_nodes: int) -> _Nested:
@@ -570,13 +608,7 @@ def _nested_rule(max_nodes: int) -> _Nested:
             order += [i for i in range(0, max_nodes, stride) if i not in set(order)]
     table = np.stack(weights)[:, order]
     nodes = quadrature.clenshaw_curtis(max_nodes).nodes
-    return _Nested(nodes, np.asarray(order), (table[2:], table[1:-1], table[:-2]), (max_nodes - _FIRST) // _CHUNK)
-
-
-def _level(chunks: Array, nested: _Nested) -> Array:
-    """The level that so many chunks complete: 0 after none, l after 2^l - 1."""
-    done = 2 ** np.arange(1, len(nested.tables[0])) - 1
-    return jnp.sum(chunks >= jnp.asarray(done, chunks.dtype), dtype=chunks.dtype)
+    return _Nested(nodes, np.asarray(order), (table[2:], table[1:-1], table[:-2]))
 
 
 class _Hadamard(NamedTuple):
@@ -587,7 +619,7 @@ class _Hadamard(NamedTuple):
     num: int  # k, which divides P
 
     @classmethod
-    def draw(cls, key: Array, x: Array, num: int) -> "_Hadamard":
+    def draw(cls, key: Array, x: Any, num: int) -> "_Hadamard":
         """For examples like ``x``, ``num`` rows a node."""
         return cls(hadamard_matrix(key, x.size, x.dtype), x.shape, num)
 
@@ -596,7 +628,24 @@ class _Hadamard(NamedTuple):
         rows = hadamard_rows(self.matrix, q * self.num + jnp.arange(self.num, dtype=q.dtype))
         return rows.reshape(self.num, *self.shape)
 
-    def variance(self, weights: Array, values: Array, places: Array) -> Array:
+    def luck(self, places: np.ndarray, num: int) -> np.ndarray:
+        """What finds the luck of rows in the logarithms of the nodes' variances, ``num`` of them visited ``[n, n]``.
+
+        Some rows vary more than others do, at all nodes that have them. In log s_q^2 that adds to a smooth function of
+        u_q a number of variance 2 / (k - 1) that is the same at all of these nodes; this is its best linear prediction.
+        The smooth function is a Gaussian process of standard deviation 2, correlated over 0.4 of the path, with any
+        mean. Zero where there are not two nodes for each row: there, luck looks like a change along the path.
+        """
+        num_groups = len(self.matrix.order) // self.num
+        table = np.zeros((len(places), len(places)))
+        if num_groups > 1 and num >= 2 * num_groups:
+            groups, u = np.arange(num) % num_groups, places[:num]
+            same = 2 / (self.num - 1) * (groups[:, None] == groups[None, :])
+            smooth = 4 * np.exp(-((u[:, None] - u[None, :]) ** 2) / (2 * 0.4**2)) + 100 + 4e-4 * np.eye(num)
+            table[:num, :num] = same @ np.linalg.inv(smooth + same)
+        return table
+
+    def variance(self, weights: Array, values: Array, places: Array, luck: Array) -> Array:
         """Of sum_q weights_q mean_i values_qi over the draw of the rows; nodes of weight zero were not visited.
 
         The forms of a row at nodes q and q' are taken to have covariance s_q s_q' rho(u_q - u_q') over all P rows. The
@@ -605,29 +654,42 @@ class _Hadamard(NamedTuple):
 
             Var = sum_qq' a_q a_q' rho(u_q - u_q') (G [q and q' share rows] - 1) / (P - 1):
 
-        rows in equal use cancel. rho(u) = 1 / (1 + kappa u^2), and kappa is what makes 2 (1 - rho) the mean square of
-        the differences of a row's forms at two nodes, each over s_q. Where no two nodes share rows, rho(u) is taken as
-        zero for u != 0, which gives an upper bound. Of few rows s_q is uncertain, so that less cancels than should:
-        for a Jacobian that does not change the result is too large. Where the forms change sign along the path, rho
-        does too, and the result is up to a sixth too small. u is in ``places``, from 0 to 1.
+        rows in equal use cancel. That they do so is seen only by s_q without the luck of the rows that node q has.
+        rho(u) = (1 + kappa |u|) exp(-kappa |u|), and kappa is what makes 2 (1 - rho) the mean square of the differences
+        of a row's forms at two nodes, each over s_q, at the typical distance of two nodes that share rows. Where no two
+        do, rho(u) is taken as zero for u != 0, which gives an upper bound. u is in ``places``, from 0 to 1; ``luck`` is
+        what ``luck`` made of them.
+
+        Source: Robinson (1991), "That BLUP is a Good Thing: The Estimation of Random Effects", for the prediction of
+        luck; Rasmussen & Williams (2006), "Gaussian Processes for Machine Learning", equation 4.17, for rho.
         """
         num_rows = len(self.matrix.order)
         num_groups = num_rows // self.num
+        if num_groups == 1:  # all rows at every node: there each trace is exact
+            return jnp.zeros((), values.dtype)
+        tiny = jnp.finfo(values.dtype).tiny
         centred = values - jnp.mean(values, axis=1, keepdims=True)
         squares = jnp.sum(centred**2, axis=1) / (self.num - 1) * ((num_rows - 1) / num_rows)
         scale = jnp.sqrt(squares)
-        a = weights * scale
+        fair = squares * jnp.exp(-luck @ jnp.log(jnp.maximum(squares, 1e-3 * jnp.max(squares) + tiny)))
+        fair *= jnp.sum(weights**2 * squares) / jnp.maximum(jnp.sum(weights**2 * fair), tiny)
+        a = weights * jnp.sqrt(fair)
         groups = np.arange(len(values)) % num_groups
         share = jnp.asarray(groups[:, None] == groups[None, :])
         again = jnp.where(share & ~jnp.eye(len(values), dtype=bool), jnp.abs(a[:, None] * a[None, :]), 0.0)
+        total = jnp.sum(again)
         unit = centred / jnp.where(scale > 0, scale, 1.0)[:, None]
         squares_of_unit = jnp.sum(unit**2, axis=1)
         differences = squares_of_unit[:, None] + squares_of_unit[None, :] - 2 * unit @ unit.T
-        distances = (places[:, None] - places[None, :]) ** 2
-        total = jnp.where(jnp.sum(again) > 0, jnp.sum(again), 1.0)
-        own = jnp.clip(jnp.sum(again * differences) / total / (2 * (self.num - 1)), 0.0, 0.99)
-        kappa = own / (1 - own) * total / jnp.maximum(jnp.sum(again * distances), jnp.finfo(values.dtype).tiny)
-        rho = jnp.where(jnp.sum(again) > 0, 1 / (1 + kappa * distances), jnp.eye(len(values), dtype=values.dtype))
+        distances = jnp.abs(places[:, None] - places[None, :])
+        own = jnp.sum(again * differences) / jnp.maximum(total, tiny) / (2 * (self.num - 1))
+        typical = (jnp.sum(again * jnp.sqrt(distances)) / jnp.maximum(total, tiny)) ** 2
+        z = np.linspace(0.0, 6.6, 133)  # of which 1 - rho goes from 0 to 0.99
+        table = (jnp.asarray(each, values.dtype) for each in (1 - (1 + z) * np.exp(-z), z))
+        kappa = jnp.interp(own, *table) / jnp.maximum(typical, tiny)
+        rho = jnp.where(
+            total > 0, (1 + kappa * distances) * jnp.exp(-kappa * distances), jnp.eye(len(values), dtype=values.dtype)
+        )
         signed = rho * (jnp.where(share, num_groups, 0.0) - 1) / (num_rows - 1)
         return jnp.maximum(a @ signed @ a, 0.0)
 
@@ -701,7 +763,8 @@ def _own_divergence(
 ) -> tuple[Callable[[Array, Array, Args, Array | None], tuple[Array, Array]], Args]:
     """(t, x, args, probes) -> v and div v by the divergence named, or else the best at hand; and those arguments."""
     if divergence is None and probes is None and isinstance(velocity, StructuredField):
-        return jax.tree_util.Partial(_structured, velocity), velocity.prepare(args)
+        with jax.default_matmul_precision("highest"):
+            return jax.tree_util.Partial(_structured, velocity), velocity.prepare(args)
     if divergence is None:
         divergence = divergences.exact if probes is None else divergences.hutchinson
     return jax.tree_util.Partial(_of_field, velocity, divergence), args
@@ -763,3 +826,27 @@ def _check_times(t_data: float | Array, t_base: float | Array) -> None:
             f"t_data and t_base are both {float(t_data)}: a flow needs two times, "
             "t_data=1, t_base=0 for a continuous normalizing flow or t_data=0, t_base=1 for a diffusion."
         )
+
+
+_OPTIONS = ("rtol", "atol", "solver", "stepsize_controller", "dt0", "adjoint", "max_steps", "throw")
+_REMEDIES = {
+    "rule": "likelihood chooses its nodes itself, at most max_nodes; a rule of your own goes into "
+    "flows.log_prob(rule=...), one example at a time",
+    "clock": "it places the nodes of flows.likelihood, and of flows.log_prob with a rule",
+    "divergence": "likelihood takes it exactly, or with key or probes by quadratic forms, whose error can be told; any "
+    "other goes into flows.log_prob(divergence=...)",
+    "key": "only likelihood draws probes itself; pass probes=probes.rademacher(key, x, num), or with a rule of n nodes "
+    "probes=probes.spread(key, x, n, num)",
+    "num_probes": "it goes with the key of flows.likelihood; as many as probes holds are used",
+    "ts": "states on the way are what solvers.solve_ode(ts=...) returns",
+    "t0": "the times are t_data and t_base",
+    "t1": "the times are t_data and t_base",
+}
+
+
+def _check_options(function: str, options: dict[str, Any]) -> None:
+    """No argument may reach the solver that is none of its options: its message would name another function."""
+    for name in options:
+        if name not in _OPTIONS:
+            remedy = _REMEDIES.get(name, f"what goes to the solver is {', '.join(_OPTIONS)}")
+            raise TypeError(f"flows.{function} has no argument {name}: {remedy}.")

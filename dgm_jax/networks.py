@@ -81,7 +81,8 @@ def vector_field(net: nn.Module, *, precision: str | None = None) -> VectorField
         ``(t [], x [*event], params) -> [*event]``, params as ``net.init`` made them. Of an :class:`MLP` from a space
         to itself, without ``out_features``, it is a ``types.StructuredField``, which knows its exact divergence for
         little more than its value whatever the dimension (see ``structured.chain_trace``), and so it is of a
-        :class:`HollowNet` and of an :class:`OTFlow`.
+        :class:`HollowNet` and of an :class:`OTFlow`. With three and more wide hidden layers the exact divergence of an
+        MLP is dear; it offers estimates by probes in its narrowest space too (see ``structured.chain_forms``).
     """
     return _field(net, lambda args: (args,), precision)
 
@@ -608,10 +609,14 @@ class _Own(NamedTuple):
     Attributes:
         prepare: ``params -> tables``.
         with_divergence: ``(tables, params, t, x, *label) -> (value, divergence)``.
+        with_forms: ``(tables, params, t, x, *label, probes=probes) -> (value, forms)``, or ``None``.
+        probe_space: ``(tables, params) -> (dim, worth)``, or ``None``.
     """
 
     prepare: Callable[[Any], Any]
     with_divergence: Callable[..., tuple[Array, Array]]
+    with_forms: Callable[..., tuple[Array, Array]] | None = None
+    probe_space: Callable[[Any, Any], tuple[int, float]] | None = None
 
 
 def _field(net: nn.Module, split: Callable[[Any], tuple], precision: str | None) -> VectorField:
@@ -642,27 +647,52 @@ def _field(net: nn.Module, split: Callable[[Any], tuple], precision: str | None)
         with products():
             return own.with_divergence(tables, params, t, x, *label)
 
-    return StructuredField(field, prepare, with_divergence)
+    if own.with_forms is None or own.probe_space is None:
+        return StructuredField(field, prepare, with_divergence)
+    forms_of, space_of = own.with_forms, own.probe_space
+
+    def with_forms(t: Array, x: Array, prepared: Any, probes: Array) -> tuple[Array, Array]:
+        args, tables = prepared
+        params, *label = split(args)
+        with products():
+            return forms_of(tables, params, t, x, *label, probes=probes)
+
+    def probe_space(prepared: Any) -> tuple[int, float]:
+        args, tables = prepared
+        return space_of(tables, split(args)[0])
+
+    return StructuredField(field, prepare, with_divergence, with_forms, probe_space)
 
 
 def _of_mlp(net: MLP) -> _Own:
-    def prepare(params: Any) -> Any:
+    def chain(params: Any) -> tuple[list[Array], list[bool]]:
         kernels = _kernels(net, params)
-        return structured.chain_tables(kernels, _residual(net, kernels[:-1]))
+        return kernels, _residual(net, kernels[:-1])
 
-    def with_divergence(tables: Any, params: Any, t: Array, x: Array, *label: Array) -> tuple[Array, Array]:
-        slopes = []
+    def with_slopes(params: Any, t: Array, x: Array, *label: Array) -> tuple[Array, list[Array]]:
+        slopes: list[Array] = []
 
         def activation(a: Array) -> Array:
             h, slope = jax.jvp(net.activation, (a,), (jnp.ones_like(a),))
             slopes.append(slope)
             return h
 
-        value = cast(Array, net.clone(activation=activation).apply(params, t, x, *label))
-        kernels = _kernels(net, params)
-        return value, structured.chain_trace(tables, kernels, _residual(net, kernels[:-1]), slopes)
+        return cast(Array, net.clone(activation=activation).apply(params, t, x, *label)), slopes
 
-    return _Own(prepare, with_divergence)
+    def with_divergence(tables: Any, params: Any, *point: Array) -> tuple[Array, Array]:
+        value, slopes = with_slopes(params, *point)
+        return value, structured.chain_trace(tables, *chain(params), slopes)
+
+    def with_forms(tables: Any, params: Any, *point: Array, probes: Array) -> tuple[Array, Array]:
+        value, slopes = with_slopes(params, *point)
+        return value, structured.chain_forms(tables, *chain(params), slopes, probes)
+
+    return _Own(
+        lambda params: structured.chain_tables(*chain(params)),
+        with_divergence,
+        with_forms,
+        lambda tables, params: structured.chain_space(tables, *chain(params)),
+    )
 
 
 def _of_hollow_net(net: HollowNet) -> _Own:

@@ -6,15 +6,20 @@ The derivative of a dense network of n hidden layers at one point, acting on row
 
 with the matrices K_l of the layers, K of the last, and the slopes d_l of the activations on the diagonals D_l. The
 matrices stay the same along a path, the slopes do not. So what matrices make of each other is computed once:
-tr(A B) = tr(B A) brings K and K_1 together, and the m dimensions of the example are gone.
+tr(A B) = tr(B A) brings K and K_1 together, and the m dimensions of the example are gone. The same holds for probes:
+tr J is the trace of the map of any hidden space to itself that goes once round, A_2 ... A_n K A_1 for instance, and
+e^T of that e, for a probe e in that space, has it as its mean.
 
 The Laplacian of a scalar network is a trace too, of a Hessian W^T H W with the first layer's matrix W: that of H W W^T.
 
 These are functions of arrays, for ``networks`` to build on and for networks of any other library.
 
-Source: Golub & Van Loan (2013), "Matrix Computations", section 1.3 (the trace of a product is cyclic).
+Source: Golub & Van Loan (2013), "Matrix Computations", section 1.3 (the trace of a product is cyclic); Grathwohl et al.
+(2019), "FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models", section 3.1.1, for probes in
+the narrowest hidden space of a network.
 """
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -23,7 +28,7 @@ import jax.numpy as jnp
 from dgm_jax import _blocks
 from dgm_jax.types import Array
 
-__all__ = ["chain_laplacian", "chain_tables", "chain_trace", "laplacian_tables"]
+__all__ = ["chain_forms", "chain_laplacian", "chain_space", "chain_tables", "chain_trace", "laplacian_tables"]
 
 
 def chain_tables(kernels: Sequence[Array], residual: Sequence[bool]) -> tuple[Array, ...] | None:
@@ -47,7 +52,8 @@ def chain_tables(kernels: Sequence[Array], residual: Sequence[bool]) -> tuple[Ar
         once = _diagonal(first, last)
         return (once, jnp.trace(last)) if residual[0] else (once,)
     if len(residual) > 2:
-        return (last @ first,) if _through_hidden(kernels) else None
+        by_hidden, by_example = _multiplications(kernels)
+        return (last @ first,) if by_hidden <= by_example else None
     middle = kernels[1]
     tables = [middle * (last @ first).T]
     if residual[1]:
@@ -96,6 +102,67 @@ def chain_trace(
         return jnp.sum(rows * columns.T.at[indices].get(mode="fill", fill_value=0))
 
     return _blocks.over_units(diagonal, columns[0], _blocks.most(columns.shape[1]))
+
+
+def chain_forms(
+    tables: tuple[Array, ...] | None,
+    kernels: Sequence[Array],
+    residual: Sequence[bool],
+    slopes: Sequence[Array],
+    probes: Array,
+) -> Array:
+    """e^T M e for each probe e, M the map of the narrowest space to itself: tr M = tr(A_1 A_2 ... A_n K).
+
+    The way round costs the same wherever it begins. It begins where the space is narrowest, for there so many probes
+    leave least of the noise. With three and more layers it goes from the last hidden space to the first by K K_1 where
+    ``chain_trace`` does, and never comes to the example; otherwise by K and K_1.
+
+    Args:
+        tables: from ``chain_tables``.
+        kernels: as there.
+        residual: as there.
+        slopes: as in ``chain_trace``.
+        probes: of identity covariance ``[num, dim]``, dim from ``chain_space``.
+
+    Returns:
+        One unbiased estimate of the trace for each probe ``[num]``.
+
+    Raises:
+        ValueError: ``probes`` of another shape.
+
+    Source: Hutchinson (1990), "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing
+    splines", section 2.
+    """
+    hops = _round(tables, kernels, residual)
+    dim = hops[0][0].shape[0]
+    if probes.ndim != 2 or probes.shape[1] != dim:
+        raise ValueError(f"probes must be [num, {dim}], as wide as the narrowest space, got shape {probes.shape}.")
+    rows = probes
+    for kernel, layer, passes in hops:
+        new = rows @ kernel
+        if layer is not None:
+            new = new * slopes[layer][None]
+        rows = rows + new if passes else new
+    return jnp.sum(rows * probes, axis=1)
+
+
+def chain_space(
+    tables: tuple[Array, ...] | None, kernels: Sequence[Array], residual: Sequence[bool]
+) -> tuple[int, float]:
+    """How wide a probe of ``chain_forms`` is, and how many of them cost as much as ``chain_trace``.
+
+    Args:
+        tables: from ``chain_tables``.
+        kernels: as there.
+        residual: as there.
+
+    Returns:
+        The dimensions of the narrowest space; the multiplications of the exact trace over those of one form.
+    """
+    hops = [kernel.shape for kernel, *_ in _round(tables, kernels, residual)]
+    widths = [kernel.shape[1] for kernel in kernels[:-1]]
+    exact = min(_multiplications(kernels)) if len(widths) > 2 else math.prod(widths) if widths else 0
+    return hops[0][0], exact / sum(a * b for a, b in hops)
 
 
 def laplacian_tables(kernels: Sequence[Array]) -> tuple[Array, ...] | None:
@@ -204,11 +271,30 @@ def _by_gram(gram: Array, layers: Sequence[tuple[Array, bool, Array, Array]], sc
     return total
 
 
-def _through_hidden(kernels: Sequence[Array]) -> bool:
-    """Whether the rows of the first hidden space take fewer multiplications than those of the example's."""
+def _round(
+    tables: tuple[Array, ...] | None, kernels: Sequence[Array], residual: Sequence[bool]
+) -> list[tuple[Array, int | None, bool]]:
+    """The ways from space to space, once round from the narrowest: matrix, whose slopes follow, and if it is residual.
+
+    K K_1 passes the example by; where the first layer is residual it has as many units, and that would save nothing.
+    """
+    hops: list[tuple[Array, int | None, bool]]
+    hops = [(kernel, layer, passes) for layer, (kernel, passes) in enumerate(zip(kernels, residual, strict=False))]
+    if len(residual) > 2 and tables is not None and not residual[0]:
+        hops = [*hops[1:], (tables[0], 0, False)]
+    else:
+        hops.append((kernels[-1], None, False))
+    widths = [kernel.shape[0] for kernel, *_ in hops]
+    first = widths.index(min(widths))
+    return hops[first:] + hops[:first]
+
+
+def _multiplications(kernels: Sequence[Array]) -> tuple[int, int]:
+    """Of the trace by the rows of the first hidden space, and by those of the example: what units become is known."""
     m, width = kernels[0].shape
     products = [a * b for a, b in (kernel.shape for kernel in kernels[1:-1])]
-    return width * (sum(products[1:]) + kernels[-1].shape[0]) <= m * (sum(products) + kernels[-1].shape[0])
+    last = kernels[-1].shape[0]
+    return width * (sum(products[1:]) + last), m * (sum(products) + last)
 
 
 def _diagonal(first: Array, last: Array) -> Array:

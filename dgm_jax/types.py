@@ -88,15 +88,24 @@ class StructuredField:
     It is called as any other field, ``field(t, x, args)``. The functions of ``flows`` use what else it holds wherever
     the caller names neither a divergence nor probes. No NamedTuple: JAX holds functions by weak references.
 
+    Where the exact divergence is dear, a field may offer estimates of it too, from probes in a space of its own.
+
     Attributes:
         field: ``(t [], x [*event], args) -> [*event]``.
         prepare: ``args -> prepared``, any pytree of arrays: what does not change along a path, computed once a solve.
         with_divergence: ``(t [], x [*event], prepared) -> (field(t, x, args) [*event], its divergence [])``.
+        with_forms: ``(t [], x [*event], prepared, probes [num, dim]) -> (field(t, x, args) [*event], forms [num])``,
+            the forms being estimates of the divergence, one a probe, that are unbiased for probes of identity
+            covariance; ``None`` for a field without them.
+        probe_space: ``prepared -> (dim, worth)``, from shapes alone: the dimensions of a probe, and how many forms take
+            as many multiplications as the exact divergence does; ``None`` likewise.
     """
 
     field: VectorField
     prepare: Callable[[Args], Any]
     with_divergence: Callable[[Array, Array, Any], tuple[Array, Array]]
+    with_forms: Callable[[Array, Array, Any, Array], tuple[Array, Array]] | None = None
+    probe_space: Callable[[Any], tuple[int, float]] | None = None
 
     def __call__(self, t: Array, x: Array, args: Args) -> Array:
         """field(t, x, args)."""

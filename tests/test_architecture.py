@@ -11,10 +11,24 @@ PACKAGE = Path(__file__).parents[1] / "dgm_jax"
 
 FLOORS = [
     {"types", "_checks"},
-    {"_blocks", "probes", "quadrature", "schedules", "trace"},
+    {"_blocks", "_samples", "probes", "quadrature", "schedules", "trace"},
     {"densities", "discrete_flows", "divergence", "guidance", "parameterizations", "sdes", "solvers", "structured"},
-    {"adjoint", "ddpm", "flows", "fokker_planck", "langevin", "metrics", "ncsn", "score_matching"},
-    {"networks", "training", "datasets", "plots", "runs"},
+    {
+        "adjoint",
+        "coverage",
+        "ddpm",
+        "flow_matching",
+        "flows",
+        "fokker_planck",
+        "langevin",
+        "metrics",
+        "ncsn",
+        "regularizers",
+        "samplers",
+        "score_matching",
+        "two_sample",
+    },
+    {"dequantization", "networks", "training", "datasets", "plots", "runs"},
 ]
 FLOOR = {module: level for level, modules in enumerate(FLOORS) for module in modules}
 
@@ -29,7 +43,8 @@ ROOMS = {
     "matplotlib": {"plots"},
     "sklearn": {"datasets"},
     "equinox": set(),
-    "scipy": set(),
+    "scipy": {"flow_matching"},
+    "ott": {"flow_matching"},
 }
 
 MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")

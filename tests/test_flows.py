@@ -10,9 +10,9 @@ import pytest
 from chex import assert_trees_all_close
 from scipy.linalg import expm, expm_frechet
 from scipy.stats import norm
-from targets import SCHEDULES, rotated_mixture, switched
+from targets import SCHEDULES, rotated_mixture, rotation, switched
 
-from dgm_jax import densities, divergence, flows, probes, quadrature, schedules, solvers
+from dgm_jax import densities, divergence, flows, networks, probes, quadrature, schedules, solvers
 from dgm_jax.types import StructuredField
 
 slow = pytest.mark.slow
@@ -121,24 +121,45 @@ def test_images_are_events_too():
     assert_trees_all_close(value, expected, atol=1e-8)
 
 
+def far_apart(dim, dtype):
+    """Two narrow Gaussians and a wide one, their means 8 apart and more: valleys of log p of depth 100 between them."""
+    rng = np.random.default_rng(dim)
+    means = 8 * np.concatenate([np.zeros((1, dim)), rotation(dim, 4)[:2]])
+    turned = [0.1 * np.eye(dim), 0.05 * np.eye(dim) + 0.02 * np.outer(*2 * [rng.normal(size=dim)]), np.eye(dim)]
+    return densities.Mixture(*(jnp.asarray(part, dtype) for part in ([0.5, 0.2, 0.3], means, np.stack(turned))))
+
+
+def ill_conditioned(dim, dtype):
+    """As ``rotated_mixture``, with covariances of condition number 1,000."""
+    density = rotated_mixture(dim, dtype)
+    turns = [rotation(dim, seed) for seed in (1, 2, 3)]
+    covariances = np.stack([q @ np.diag(np.geomspace(1e-3, 1, dim)) @ q.T for q in turns])
+    return density._replace(covariances=jnp.asarray(covariances, dtype))
+
+
 @functools.cache
-def exact_probability_flow(dim, dtype, tolerance, in_solve=True):
+def exact_probability_flow(dim, dtype, tolerance, in_solve=True, mixture=rotated_mixture):
     """The likelihood by probability flow, from the exact velocity to the exact p_1, at 16 draws of a mixture.
 
-    Returns a compiled function of the schedule's index, and the oracle's own log p.
+    Returns a function of the schedule's index, compiled once for all mixtures, and the oracle's own log p.
     """
-    density = rotated_mixture(dim, dtype)
+    density = mixture(dim, dtype)
     x = densities.sample(jax.random.key(1), density, 16)
+    solve = compiled_probability_flow(dtype, tolerance, in_solve)
+    return lambda index: solve(index, density, x), jax.vmap(lambda x: densities.log_prob(density, x))(x)
 
+
+@functools.cache
+def compiled_probability_flow(dtype, tolerance, in_solve):
     @jax.jit
-    def solve(index):
+    def solve(index, density, x):
         schedule = switched(index)
         velocity = densities.velocity(density, schedule)
         last = densities.diffuse(density, schedule, jnp.ones((), dtype))
         options = {"rtol": tolerance, "atol": tolerance, "log_base": lambda z: densities.log_prob(last, z)}
         return jax.vmap(lambda x: flows.likelihood(velocity, x, in_solve=in_solve, **options, **TIMES))(x)
 
-    return solve, jax.vmap(lambda x: densities.log_prob(density, x))(x)
+    return solve
 
 
 @pytest.mark.parametrize("dim", [2, pytest.param(5, marks=slow)])
@@ -248,18 +269,32 @@ def curved(t, x, a):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("dim", [2, 5])
 def test_a_likelihood_with_nothing_chosen_covers_the_truth_on_every_oracle(dim, dtype):
-    """16 points of each of six schedules: 95 of the 96 within two reported errors.
+    """Three mixtures, six schedules, 16 points each: 283 of 288 within two reported errors, none 3e-3 beyond.
 
-    The solver's part is the difference of two solves, which may be small by chance where the error is not.
+    The solver's part is the difference of two solves, which may be small by chance where the error is not. With an
+    ill-conditioned mixture edm's divergence has a peak at the data that asks for another clock, and the error says so.
     """
-    solve, truth = exact_probability_flow(dim, dtype, 1e-5, in_solve=False)
     outside = 0
-    for index in range(len(SCHEDULES)):
-        found = solve(index)
-        outside += int(jnp.sum(jnp.abs(found.log_prob - truth) > 2 * found.error))
-        assert jnp.all(found.error < 0.05)
-        assert jnp.all(found.stderr == 0)
-    assert outside <= 1
+    for mixture in (rotated_mixture, far_apart, ill_conditioned):
+        solve, truth = exact_probability_flow(dim, dtype, 1e-5, in_solve=False, mixture=mixture)
+        for index, name in enumerate(SCHEDULES):
+            found = solve(index)
+            error = jnp.abs(found.log_prob - truth)
+            outside += int(jnp.sum(error > 2 * found.error))
+            where = mixture.__name__, name
+            assert jnp.all(error <= 2 * found.error + 3e-3), where  # NaN does not pass
+            assert float(jnp.median(found.error)) < (0.5 if where == ("ill_conditioned", "edm") else 0.05), where
+            assert jnp.all(found.stderr == 0)
+    assert outside <= 5
+
+
+@slow
+def test_rules_that_agree_by_chance_are_not_believed():
+    """A point of a mixture for which the rules of 5 and 9 nodes agree to 4e-5 nat and are both off by 0.012."""
+    solve, truth = exact_probability_flow(2, jnp.float64, 1e-5, in_solve=False)
+    found = solve(list(SCHEDULES).index("cosine"))
+    assert abs(float(found.log_prob[10] - truth[10])) <= 2 * float(found.error[10]) < 0.01
+    assert int(found.num_divergences[10]) > 9
 
 
 @slow
@@ -374,39 +409,143 @@ def test_intervals_of_spread_probes_cover_the_truth():
     assert float(jnp.std(fixed.log_prob - truth)) > 1.5 * float(error.std())
 
 
-@pytest.mark.parametrize(("num_nodes", "num", "most"), [(6, 2, 1.2), (6, 4, 1.2), (16, 4, 0.35), (12, 16, 0.2)])
-def test_the_variance_of_rows_spread_over_nodes(num_nodes, num, most):
-    """Matrices A + 0.3 u B in 20 dimensions: the reported variance against that of 4,000 draws of the rows.
+@functools.cache
+def deep_network():
+    """A tanh network of three layers of 32 units in 24 dimensions: a form costs a tenth of the exact trace."""
+    net = networks.MLP(features=(32, 32, 32), param_dtype=jnp.float64)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros(()), jnp.zeros(24))
+    leaves, tree = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(5)
+    scales = [1.3 / leaf.shape[0] ** 0.5 if leaf.ndim > 1 else 0.5 for leaf in leaves]
+    drawn = [jnp.asarray(scale * rng.normal(size=leaf.shape)) for scale, leaf in zip(scales, leaves, strict=True)]
+    return networks.vector_field(net), jax.tree.unflatten(tree, drawn)
 
-    It is never less, by more than the noise of 4,000 draws (4.5 standard errors of a variance are 10 per cent). The
-    more of the 32 rows were used, and the more often, the more of their errors cancel: of that the report sees a part,
-    so that it is above the variance, and where rows were used twice well below that of independent probes.
+
+@slow
+def test_intervals_of_probes_in_the_hidden_space_cover_the_truth():
+    """400 points, 4 rows of 32 at each node: 90 to 99 per cent within two standard errors of the exact likelihood.
+
+    With a true coverage of 95 per cent the chance of falling outside is below 1e-5. The mean error is within four of
+    its own standard errors (false alarms 6e-5).
     """
-    rng = np.random.default_rng(3)
-    a, b = (jnp.asarray(rng.normal(size=(20, 20))) for _ in range(2))
-    u = jnp.asarray(quadrature.gauss_legendre(num_nodes).nodes)
-    weights = jnp.asarray(quadrature.gauss_legendre(num_nodes).weights)
+    field, params = deep_network()
+    x = jax.random.normal(jax.random.key(1), (400, 24))
+
+    def solve(x, key):
+        return [flows.likelihood(field, x, params, key=k, num_probes=4, **TIMES) for k in (key, None)]
+
+    found, exact = jax.jit(jax.vmap(solve))(x, jax.random.split(jax.random.key(2), 400))
+    error = found.log_prob - exact.log_prob
+    assert jnp.all(exact.stderr == 0)
+    assert 0.90 <= float(jnp.mean(jnp.abs(error) <= 2 * found.stderr)) <= 0.99
+    assert abs(float(error.mean())) < 4 * float(error.std()) / 20
+
+
+def test_where_the_exact_divergence_costs_little_a_key_changes_nothing():
+    """Two layers of 512 units: one form costs more. Three of 32: it costs a tenth, so 4 probes pay and 8 do not."""
+    wide = networks.MLP(features=(512, 512), param_dtype=jnp.float64)
+    params = jax.eval_shape(wide.init, jax.random.key(0), jnp.zeros(()), jnp.zeros(24))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
+    for field, args, num, probes_used in (
+        (networks.vector_field(wide), params, 16, 1),
+        (*deep_network(), 8, 1),
+        (*deep_network(), 4, 4),
+    ):
+        _, taken, rows = flows._estimates(field, jnp.zeros(24), args, None, jax.random.key(0), num)
+        assert taken == probes_used
+        assert (rows is None) == (probes_used == 1)
+
+
+def test_a_bottleneck_of_fewer_units_than_probes_is_exact():
+    """Three units between wide layers, all four rows of their Hadamard matrix at every node."""
+    net = networks.MLP(features=(40, 3, 40, 40), param_dtype=jnp.float64)
+    t, x = jnp.asarray(0.3), jax.random.normal(jax.random.key(1), (30,))
+    shapes = jax.eval_shape(net.init, jax.random.key(0), t, x)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape)), shapes)
+    field = networks.vector_field(net)
+    estimate, num, rows = flows._estimates(field, x, params, None, jax.random.key(0), 16)
+    assert num == 4
+    forms = estimate(jnp.int32(5), t, x, num)
+    assert_trees_all_close(jnp.mean(forms), jnp.trace(jax.jacfwd(field, 1)(t, x, params)), atol=1e-12)
+    assert float(rows.variance(jnp.ones(2), jnp.ones((2, 4)), jnp.arange(2.0), jnp.zeros((2, 2)))) == 0
+
+
+def test_no_product_of_a_likelihood_is_rounded():
+    """On a GPU a product of matrices in float32 is rounded to ten bits, unless it is asked not to be."""
+    field, params = deep_network()
+    rule, spread = {"rule": quadrature.gauss_legendre(3)}, {"key": jax.random.key(0), "num_probes": 4}
+    for function, options in ((flows.likelihood, {}), (flows.likelihood, spread), (flows.log_prob, rule)):
+        value = functools.partial(function, field, jnp.zeros(24), **options, **TIMES)
+        text = str(jax.make_jaxpr(value)(params))
+        assert text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == text.count("dot_general[") > 10
+
+
+@functools.cache
+def jacobians(name):
+    """Along paths, at 33 nested nodes ``[paths, 33, m, m]``; constant ones from a normal distribution."""
+    nested = flows._nested_rule(33)
+    if name == "constant":
+        one = np.random.default_rng(3).normal(size=(20, 1, 24, 24))
+        return nested, jnp.broadcast_to(jnp.asarray(one), (20, 33, 24, 24))
+    if name == "tanh":
+        field, args = deep_network()
+        x = jax.random.normal(jax.random.key(2), (20, 24))
+    else:
+        density = rotated_mixture(24)
+        field, args = densities.velocity(density, SCHEDULES["vp"]), None
+        x = densities.sample(jax.random.key(1), density, 20)
+    ts = jnp.asarray(nested.nodes)
 
     @jax.jit
     @jax.vmap
-    def draw(key):
-        rows = flows._Hadamard.draw(key, jnp.zeros(20), num)
+    def along(x):
+        xs = solvers.solve_ode(field, x, args, t0=0.0, t1=1.0, ts=ts, throw=False).xs
+        return jax.vmap(lambda t, y: jax.jacrev(lambda y: field(t, y, args))(y))(ts, xs)
 
-        def at(q, u):
-            e = rows.at_node(q)
-            return jnp.einsum("ki,ij,kj->k", e, a + 0.3 * u * b, e)
+    return nested, along(x)[:, nested.order]
 
-        values = jax.vmap(at)(jnp.arange(num_nodes), u)
-        return weights @ values.mean(axis=1), rows.variance(weights, values, u)
 
-    values, variances = draw(jax.random.split(jax.random.key(0), 4000))
-    trace = jnp.trace(a) + 0.3 * jnp.trace(b) / 2
-    assert abs(float(values.mean() - trace)) < 4.5 * float(values.std()) / 4000**0.5
-    assert float(variances.mean()) > 0.9 * float(values.var())
-    middle = a + 0.15 * b
-    symmetric = (middle + middle.T) / 2
-    independent = 2 * (jnp.sum(symmetric**2) - jnp.sum(jnp.diagonal(symmetric) ** 2)) / (num_nodes * num)
-    assert float(variances.mean()) < most * float(independent)
+@functools.cache
+def draws_of_rows(num):
+    """(keys [paths, draws], Jacobians, weights, luck) -> error and reported standard error [paths, draws]."""
+
+    @functools.partial(jax.vmap, in_axes=(0, 0, None, None, None))
+    @functools.partial(jax.vmap, in_axes=(0, None, None, None, None))
+    def draw(key, path, places, weights, luck):
+        rows = flows._Hadamard.draw(key, jnp.zeros(24), num)
+        e = jax.vmap(rows.at_node)(jnp.arange(33))
+        values = jnp.where((weights != 0)[:, None], jnp.einsum("qki,qij,qkj->qk", e, path, e), 0.0)  # as if not visited
+        error = weights @ (values.mean(axis=1) - jnp.trace(path, axis1=1, axis2=2))
+        return error, jnp.sqrt(rows.variance(weights, values, places, luck))
+
+    return jax.jit(draw)
+
+
+@pytest.mark.parametrize(
+    ("level", "num"), [(0, 8), *(pytest.param(*at, marks=slow) for at in ((1, 8), (1, 4), (2, 4)))]
+)
+@pytest.mark.parametrize("name", ["constant", pytest.param("mixture", marks=slow), pytest.param("tanh", marks=slow)])
+def test_the_variance_of_rows_spread_over_nodes(name, level, num):
+    """The reported standard error of 9, 17 and 33 nodes against 4,000 draws of the rows, 20 paths in 24 dimensions.
+
+    Two of them cover the truth 90 to 99 times in 100. A true coverage of 0.92 to 0.98 falls outside with probability
+    below 1e-4. Rows in equal use cancel, and the report sees that: for a constant Jacobian it is within 30 per cent of
+    the root mean square of the errors, a third of what independent probes would have.
+    """
+    nested, along = jacobians(name)
+    weights, places = jnp.asarray(nested.tables[0][level]), nested.order / 32
+    luck = flows._Hadamard.draw(jax.random.key(0), jnp.zeros(24), num).luck(places, 1 + (8 << level))
+    keys = jax.random.split(jax.random.key(0), (20, 200))
+    error, stderr = draws_of_rows(num)(keys, along, jnp.asarray(places), weights, jnp.asarray(luck))
+    assert abs(float(error.mean())) < 4.5 * float(error.std()) / 4000**0.5
+    assert 0.90 <= float(jnp.mean(jnp.abs(error) <= 2 * stderr)) <= 0.99
+    if name == "constant" and num == 8:
+        assert 1 / 1.3 < float(jnp.sqrt(jnp.mean(stderr**2) / jnp.mean(error**2))) < 1.3
+        symmetric = (along[:, 0] + jnp.swapaxes(along[:, 0], 1, 2)) / 2
+        squares = jnp.sum(symmetric**2, (1, 2)) - jnp.sum(jnp.diagonal(symmetric, axis1=1, axis2=2) ** 2, 1)
+        independent = 2 * jnp.mean(squares) * jnp.sum(weights**2) / num
+        assert jnp.mean(stderr**2) < independent / 9
 
 
 @slow
@@ -483,6 +622,26 @@ def test_equal_times(function):
         (flows.log_prob_batch, {"x": jnp.zeros((0, 3))}, ValueError, "at least one example"),
         (flows.likelihood, {"probes": jnp.ones((1, 3))}, ValueError, "no standard error.*num=2"),
         (flows.likelihood, {"stepsize_controller": diffrax.StepTo(jnp.linspace(0, 1, 5))}, ValueError, "loosening"),
+        (
+            flows.likelihood,
+            {"rule": quadrature.gauss_legendre(8)},
+            TypeError,
+            r"no argument rule.*max_nodes.*log_prob",
+        ),
+        (flows.likelihood, {"divergence": divergence.exact}, TypeError, r"likelihood has no argument divergence.*key"),
+        (flows.likelihood, {"ts": jnp.ones(2)}, TypeError, r"no argument ts.*solve_ode\(ts="),
+        (flows.log_prob, {"ts": jnp.ones(2)}, TypeError, r"log_prob has no argument ts.*solve_ode"),
+        (flows.log_prob, {"key": jax.random.key(0)}, TypeError, r"no argument key.*probes\.rademacher.*spread"),
+        (
+            flows.log_prob,
+            {"tolerance": 1e-3},
+            TypeError,
+            "no argument tolerance: what goes to the solver is rtol",
+        ),
+        (flows.log_prob_batch, {"x": X[None], "ts": jnp.ones(2)}, TypeError, "log_prob_batch has no argument ts"),
+        (flows.log_prob_batch, {"x": X[None], "rule": None}, TypeError, r"log_prob\(rule=\.\.\.\), one example"),
+        (flows.sample, {"t0": 0.0}, TypeError, "sample has no argument t0: the times are t_data and t_base"),
+        (flows.sample_and_log_prob, {"clock": None}, TypeError, "sample_and_log_prob has no argument clock"),
         (flows.likelihood, {"key": jax.random.key(0), "probes": jnp.ones((2, 3))}, ValueError, "two ways to choose"),
         (flows.likelihood, {"key": jax.random.key(0), "in_solve": True}, ValueError, "in_solve=True pass probes"),
         (flows.likelihood, {"max_nodes": 9.0}, ValueError, "max_nodes must be an integer of at least 9"),

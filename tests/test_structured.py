@@ -69,6 +69,22 @@ MLPS = {
 }
 
 
+SPACES = {
+    "no hidden layer": (3, 0),
+    "two": (5, 5 * 6 / (9 * 5 + 5 * 6 + 6 * 9)),
+    "three, by rows of x": (2, 2 * (9 * 8 + 8 * 7 + 7) / (2 * 9 + 9 * 8 + 8 * 7 + 7 * 2)),
+    "three, by rows of the hidden space": (3, 3 * (4 * 5 + 5) / (3 * 4 + 4 * 5 + 5 * 3)),
+    "four, all residual": (4, 4 * (4 * 4 + 4 * 4 + 4) / (5 * 4 * 4)),
+    "three, wider than a block": (5, 37 * (5 * 6 + 6) / (37 * 5 + 5 * 6 + 6 * 37)),
+}
+"""Dimensions of a probe, and multiplications of the exact trace over those of one form, counted by hand."""
+
+
+def signs(dim):
+    """All sign vectors: their mean outer product is the identity, exactly."""
+    return jnp.asarray(list(itertools.product((-1.0, 1.0), repeat=dim)))
+
+
 def test_every_mlp_knows_its_divergence():
     fields = {name: built(*MLPS[name]) for name in MLPS}
 
@@ -80,6 +96,7 @@ def test_every_mlp_knows_its_divergence():
             prepared = field.prepare(params)
             found[name] = (
                 field.with_divergence(t, x[0], prepared),
+                field.with_forms(t, x[0], prepared, signs(field.probe_space(prepared)[0])),
                 field(t, x[0], params),
                 jax.jacfwd(field, 1)(t, x[0], params),
             )
@@ -88,9 +105,19 @@ def test_every_mlp_knows_its_divergence():
     found = all_of_them({name: rest for name, (_, *rest) in fields.items()})
     for name, (field, *_) in fields.items():
         assert isinstance(field, StructuredField), name
-        (value, div), plain, jacobian = found[name]
+        (value, div), (value_too, forms), plain, jacobian = found[name]
         np.testing.assert_allclose(value, plain, rtol=1e-13, err_msg=name)
+        np.testing.assert_array_equal(value_too, value, err_msg=name)
         np.testing.assert_allclose(div, np.trace(jacobian), atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(np.mean(forms), np.trace(jacobian), atol=1e-12, err_msg=name)
+        assert np.std(forms) > 0.1, name  # they are estimates
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_the_worth_of_a_form_is_counted(name):
+    net, d = MLPS[name]
+    field, _, _, params = built(net, d)
+    np.testing.assert_allclose(field.probe_space(field.prepare(params)), SPACES[name], rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +125,24 @@ def test_every_mlp_knows_its_divergence():
 )
 def test_the_gradient_of_the_divergence_of_an_mlp(name):
     agree(*built(*MLPS[name]))
+
+
+@pytest.mark.parametrize(
+    "name", ["four, residual", *(pytest.param(n, marks=slow) for n in ("three, by rows of x", "one, residual"))]
+)
+def test_the_gradient_of_forms_in_the_hidden_space(name):
+    """Of their mean over all sign vectors, in x and the parameters: that of the trace of the dense Jacobian."""
+    field, t, x, params = built(*MLPS[name])
+
+    def mean(x, params):
+        prepared = field.prepare(params)
+        return jnp.mean(field.with_forms(t, x, prepared, signs(field.probe_space(prepared)[0]))[1])
+
+    def trace(x, params):
+        return jnp.trace(jax.jacfwd(field, 1)(t, x, params))
+
+    got, wanted = jax.jit(lambda *at: (jax.grad(mean, (0, 1))(*at), jax.grad(trace, (0, 1))(*at)))(x[0], params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), got, wanted)
 
 
 @pytest.mark.parametrize("rows", ["x", "hidden"])
@@ -118,7 +163,11 @@ def test_a_conditional_mlp_knows_its_divergence():
     _, t, x, params = built(net, 5, (jnp.int32(0),))
     field = networks.conditional(net)
     assert isinstance(field, StructuredField)
-    agree(field, t, x, (params, jnp.int32(2)))
+    args = params, jnp.int32(2)
+    agree(field, t, x, args)
+    prepared = field.prepare(args)
+    forms = field.with_forms(t, x[0], prepared, signs(field.probe_space(prepared)[0]))[1]
+    np.testing.assert_allclose(jnp.mean(forms), field.with_divergence(t, x[0], prepared)[1], atol=1e-12)
 
 
 @pytest.mark.parametrize("d", [pytest.param(1, marks=slow), 5])
@@ -267,8 +316,9 @@ def test_precision_reaches_the_products_of_the_trace():
     net = networks.MLP(features=(4, 4, 4), **F64)
     _, t, x, params = built(net, 6)
     field = networks.vector_field(net, precision="highest")
-    text = str(jax.make_jaxpr(lambda p: field.with_divergence(t, x[0], field.prepare(p)))(params))
-    assert text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == text.count("dot_general[") > 4
+    for trace in (field.with_divergence, lambda *at: field.with_forms(*at, jnp.ones((2, 4)))):
+        text = str(jax.make_jaxpr(lambda p, trace=trace: trace(t, x[0], field.prepare(p)))(params))
+        assert text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == text.count("dot_general[") > 4
 
 
 def test_bad_input_is_named_with_its_remedy():
@@ -280,6 +330,8 @@ def test_bad_input_is_named_with_its_remedy():
         structured.chain_tables([jnp.ones((3, 4)), jnp.ones((4, 3))], [])
     with pytest.raises(ValueError, match="a residual layer must keep its width"):
         structured.chain_tables([jnp.ones((3, 4)), jnp.ones((4, 3))], [True])
+    with pytest.raises(ValueError, match=r"probes must be \[num, 3\], as wide as the narrowest space.*\(2, 4\)"):
+        structured.chain_forms(None, [jnp.ones((4, 3)), jnp.ones((3, 4))], [False], [jnp.ones(3)], jnp.ones((2, 4)))
     with pytest.raises(TypeError, match=r"net must be a networks.MLP, got UNet.*divergence.laplacian"):
         networks.energy(networks.UNet())
     for net in (networks.MLP(), networks.MLP(out_features=1, activation=nn.softmax)):

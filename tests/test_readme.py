@@ -35,7 +35,11 @@ def test_programs_are_five_and_short():
 
 def rows():
     table = README.split("## From formula to function")[1].split("\n## ")[0]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "`" in line]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table.splitlines()
+        if line[:1] == "|" and "`" in line
+    ]
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[1].replace("`", ""))

@@ -118,7 +118,7 @@ def write(name: str, config: Any, rows: Sequence[Mapping[str, Any]], result: Map
             "python": platform.python_version(),
             "jax": jax.__version__,
             "device": str(jax.devices()[0].device_kind),
-            "system": platform.platform(),
+            "system": f"{platform.system()} {platform.machine()}",
             "cores": os.cpu_count(),
             "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         },

@@ -1075,9 +1075,10 @@ def draw_costs(config: Config, rows: Sequence[dict[str, Any]]) -> Path:
                         if row["part"] == "costs" and (row["width"], row["batch"], row["way"]) == (width, batch, way)
                     ]
                     if shown and (way.startswith(kind) or (way == "structured" and line == 0)):
-                        label = way.replace("1 probe", "ours, 1 or 16 probes") if way == "1 probe" else way
-                        label = label.split(", ")[-1] if way.split(", ")[1:] else label
-                        (handles[label if not way.startswith("16") else "-"],) = panel.loglog(
+                        ours = {"1 probe": "ours, 1 or 16 probes", "16 probes, shared": "ours, 16 shared probes"}
+                        label = ours.get(way, way.split(", ")[-1])
+                        known = not way.startswith("16") or way.endswith("shared")
+                        (handles[label if known else "-"],) = panel.loglog(
                             *zip(*shown, strict=True), markersize=5, **style
                         )
                 target = 2.25 if line == 0 else {(64, 64): 11.5}.get((width, batch))
@@ -1085,7 +1086,7 @@ def draw_costs(config: Config, rows: Sequence[dict[str, Any]]) -> Path:
                     handles["target"] = panel.axhline(target, color="tab:red", linewidth=1.2, linestyle="--")
                 if line == 1 and (width, batch) == (64, 512) and 3072 in config.sizes:
                     panel.plot([3072], [29], "_", color="tab:red", markersize=16, markeredgewidth=2)
-                panel.set_xticks(config.sizes, [str(m) for m in config.sizes])
+                panel.set_xticks(config.sizes, [str(m) for m in config.sizes], fontsize=7)
                 ticks = (1, 1.5, 2, 3, 5) if line == 0 else (2, 5, 10, 20, 50)
                 panel.set_yticks(ticks, [str(tick) for tick in ticks])
                 panel.minorticks_off()

@@ -219,12 +219,12 @@ def chain_laplacian(
             total, rows = jnp.zeros((), units.dtype), units
             for kernel, passes, slope, weight in layers:
                 moved = rows @ kernel
-                total += jnp.sum(jnp.square(moved) * weight[None])
+                total += jnp.sum(jnp.sum(jnp.square(moved), axis=0) * weight)
                 rows = rows + scale * moved * slope[None] if passes else moved * slope[None]
             return total
 
         m, width = kernels[0].shape
-        return _blocks.over_units(along, jnp.zeros_like(kernels[0][:, 0]), _blocks.most(max(m, width)))
+        return _blocks.over_units(along, jnp.zeros_like(kernels[0][:, 0]), min(8, _blocks.most(max(m, width))))
 
     norms, gram = tables
     total = weights[0] @ norms

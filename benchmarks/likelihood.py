@@ -2,8 +2,10 @@
 
     python benchmarks/likelihood.py
 
-The field is a tanh MLP of two hidden layers, trained by flow matching on the 8 x 8 digits: data at t = 0, N(0, I) at
-t = 1. Every way computes log p of the same test digits, each with its own adaptive steps (Tsit5 at 1e-5, float32):
+Three velocities on the 8 x 8 digits, data at t = 0 and N(0, I) at t = 1, each from a tanh MLP of two hidden layers:
+flow matching; the probability flow of a noise prediction on the vp path, from t = 0.001 on, its nodes in log-SNR; an
+FFJORD, trained by maximum likelihood for a little. Every way computes log p of the same test digits, each with its own
+adaptive steps (Tsit5 at 1e-5, float32):
 
     in the solve      one fixed Gaussian probe; one fixed Rademacher probe, as FFJORD does; exactly
     at nodes          flows.log_prob with 8 Gauss-Legendre nodes, and 4 or 16 rows of a randomised Hadamard matrix at
@@ -13,18 +15,18 @@ t = 1. Every way computes log p of the same test digits, each with its own adapt
 
 Cost is time over that of solving for x(t) alone; error the root mean square over digits and draws, in nats, against
 float64 at 1e-8. Then the gradient of the mean log p by the parameters: cost over the gradient without the integral,
-and the relative error of a single draw. About three minutes on two CPU cores.
+and the relative error of a single draw. About nine minutes on two CPU cores.
 
-Targets, at h = 512: 1.7 times and 1.5 nats with 4 rows, 3.4 times and 0.22 nats with 16, exactly 14 times and 0.01
-nats, with the field's own divergence 2 times; two-sigma intervals cover 90 to 99 per cent; a gradient at 1.5 times with
-an error of 0.14.
+Targets, of flow matching at h = 512: 1.7 times and 1.5 nats with 4 rows, 3.4 times and 0.22 nats with 16, exactly 14
+times and 0.01 nats, with the field's own divergence 2 times; two-sigma intervals cover 90 to 99 per cent; a gradient at
+1.5 times with an error of 0.14.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +34,12 @@ import numpy as np
 import optax
 from _timing import measure, ratio, show, write
 
-from dgm_jax import datasets, flows, networks, probes, quadrature, runs, solvers, training
+from dgm_jax import datasets, flows, networks, parameterizations, probes, quadrature, runs, schedules, solvers, training
 from dgm_jax.types import Array, VectorField
 
-TIMES = {"t_data": 0.0, "t_base": 1.0}
 NODES = quadrature.gauss_legendre(8)
+SCHEDULE = schedules.vp()
+Kind = Literal["flow-matching", "probability-flow", "ffjord"]
 
 
 @dataclass(frozen=True)
@@ -45,56 +48,102 @@ class Config:
 
     out: str = "runs/benchmarks"
     """Folder of the results."""
+    fields: tuple[Kind, ...] = ("flow-matching", "probability-flow", "ffjord")
+    """Which velocities."""
     width: int = 512
     """Units of each of the two hidden layers."""
     num_steps: int = 4000
-    """Training steps of the field."""
+    """Training steps by regression."""
+    ffjord_steps: int = 300
+    """Training steps by maximum likelihood, 64 digits each."""
     batch: int = 64
     """Digits whose likelihood is computed."""
     ways: tuple[int, ...] = tuple(range(1, 12))
     """Which of the ways, by their numbers in the table."""
     gradient: bool = True
-    """Measure the gradient too."""
+    """Measure the gradient too, of the first of the fields."""
     draws: int = 8
     """Draws of the probes, for the error."""
     repeats: int = 5
     """Rounds, for the time."""
 
 
-def trained_field(config: Config, data: Array) -> tuple[VectorField, Any]:
-    """A velocity by flow matching on straight paths, E|v(t, (1 - t) x + t z) - (z - x)|^2, and its parameters."""
+class Model(NamedTuple):
+    """A velocity that knows its divergence.
+
+    Attributes:
+        net: its network.
+        velocity: network -> the velocity.
+        params: of the network.
+        times: where the data and the base are, and the clock of the nodes.
+    """
+
+    net: networks.MLP
+    velocity: Callable[[networks.MLP], VectorField]
+    params: Any
+    times: dict[str, Any]
+
+
+def log_prob_at_nodes(velocity: VectorField, x: Array, params: Any, **options: Any) -> Array:
+    """log p(x) with the velocity's own divergence at the nodes, data at 0."""
+    return flows.log_prob(velocity, x, params, t_data=0.0, t_base=1.0, rule=NODES, throw=False, **options)
+
+
+def trained(kind: Kind, config: Config, data: Array) -> Model:
+    """A velocity of that kind, trained on the rows of ``data``."""
     net = networks.MLP((config.width, config.width))
+    times: dict[str, Any] = {"t_data": 0.0, "t_base": 1.0}
+    velocity, start, num_steps, size = networks.vector_field, 0.0, config.num_steps, 256
+    if kind == "probability-flow":
+        start = 1e-3
+        times = {"t_data": start, "t_base": 1.0, "clock": partial(schedules.log_snr, SCHEDULE)}
+
+        def velocity(net: networks.MLP) -> VectorField:
+            return parameterizations.convert(networks.vector_field(net), SCHEDULE, source="noise", target="velocity")
+
+    elif kind == "ffjord":
+        num_steps, size = config.ffjord_steps, 64
     field = networks.vector_field(net)
     params = net.init(jax.random.key(0), jnp.zeros(()), data[0])
 
     def loss(params: Any, key: Array, rows: Array) -> Array:
+        if kind == "ffjord":  # in nats a dimension
+            one = partial(log_prob_at_nodes, field, params=params, rtol=1e-3, atol=1e-3)
+            return -jnp.mean(jax.vmap(one)(rows)) / rows.shape[1]
         key_t, key_z = jax.random.split(key)
-        t, z = jax.random.uniform(key_t, rows.shape[:1]), jax.random.normal(key_z, rows.shape)
-        x = (1 - t[:, None]) * rows + t[:, None] * z
-        return jnp.mean((jax.vmap(field, (0, 0, None))(t, x, params) - (z - rows)) ** 2)
+        t = jax.random.uniform(key_t, rows.shape[:1], minval=start)
+        z = jax.random.normal(key_z, rows.shape)
+        if kind == "flow-matching":  # straight paths
+            return jnp.mean(
+                (jax.vmap(field, (0, 0, None))(t, (1 - t[:, None]) * rows + t[:, None] * z, params) - (z - rows)) ** 2
+            )
+        alpha, sigma = (jax.vmap(partial(f, SCHEDULE))(t)[:, None] for f in (schedules.alpha, schedules.sigma))
+        return jnp.mean((jax.vmap(field, (0, 0, None))(t, alpha * rows + sigma * z, params) - z) ** 2)
 
-    optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, config.num_steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, num_steps))
 
     @jax.jit
     def train(params: Any) -> tuple[Any, Array]:
         def step(carry: Any, n: Array) -> tuple[Any, Array]:
             params, state = carry
             key = jax.random.fold_in(jax.random.key(1), n)
-            rows = data[training.batch_indices(jax.random.key(2), n, len(data), 256)]
+            rows = data[training.batch_indices(jax.random.key(2), n, len(data), size)]
             value, gradient = jax.value_and_grad(loss)(params, key, rows)
             updates, state = optimizer.update(gradient, state)
             return (optax.apply_updates(params, updates), state), value
 
-        (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(config.num_steps))
+        (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(num_steps))
         return params, losses
 
     params, losses = train(params)
-    runs.say(f"flow matching loss {float(losses[:100].mean()):.3f} -> {float(losses[-100:].mean()):.3f}")
-    return field, params
+    runs.say(f"{kind}: loss {float(losses[:100].mean()):.3f} -> {float(losses[-100:].mean()):.3f}")
+    return Model(net, velocity, params, times)
 
 
-def ways(field: VectorField) -> dict[str, Callable[[Any, Array, Array], Any]]:
+def ways(model: Model) -> dict[str, Callable[[Any, Array, Array], Any]]:
     """(params, key, x) -> log p(x), or a Likelihood."""
+    field = model.velocity(model.net)
+    in_solve = {name: value for name, value in model.times.items() if name != "clock"}
 
     def plain(t: Array, x: Array, params: Any) -> Array:
         return field(t, x, params)
@@ -104,14 +153,14 @@ def ways(field: VectorField) -> dict[str, Callable[[Any, Array, Array], Any]]:
     ) -> Callable[[Any, Array, Array], Array]:
         def run(params: Any, key: Array, x: Array) -> Array:
             own = None if draw is None else draw(key, x)
-            rule = NODES if at_nodes else None
-            return flows.log_prob(velocity, x, params, probes=own, rule=rule, throw=False, **TIMES)
+            where = {"rule": NODES, **model.times} if at_nodes else in_solve
+            return flows.log_prob(velocity, x, params, probes=own, throw=False, **where)
 
         return run
 
     def likelihood(velocity: VectorField, keyed: bool) -> Callable[[Any, Array, Array], Any]:
         def run(params: Any, key: Array, x: Array) -> Any:
-            return flows.likelihood(velocity, x, params, key=key if keyed else None, throw=False, **TIMES)
+            return flows.likelihood(velocity, x, params, key=key if keyed else None, throw=False, **model.times)
 
         return run
 
@@ -130,26 +179,32 @@ def ways(field: VectorField) -> dict[str, Callable[[Any, Array, Array], Any]]:
     }
 
 
-def reference(field: VectorField, params: Any, x: Array) -> np.ndarray:
+def reference(model: Model, x: Array) -> np.ndarray:
     """log p in float64 at 1e-8, by the field's own divergence in the solve."""
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), params)
-        net = networks.MLP((wide["params"]["layer_0"]["bias"].shape[0],) * 2, param_dtype=jnp.float64)
-        own = networks.vector_field(net)
-        solve = jax.jit(jax.vmap(lambda x: flows.log_prob(own, x, wide, rtol=1e-8, atol=1e-8, throw=False, **TIMES)))
+        wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), model.params)
+        own = model.velocity(model.net.clone(param_dtype=jnp.float64))
+        where = {"t_data": model.times["t_data"], "t_base": model.times["t_base"], "rtol": 1e-8, "atol": 1e-8}
+        solve = jax.jit(jax.vmap(lambda x: flows.log_prob(own, x, wide, throw=False, **where)))
         return np.asarray(solve(jnp.asarray(np.asarray(x), jnp.float64)))
 
 
-def gradients(config: Config, field: VectorField, params: Any, x: Array) -> list[dict[str, Any]]:
+def alone(model: Model, params: Any, x: Array) -> Array:
+    """x(t) at the base, without log p."""
+    times = {"t0": model.times["t_data"], "t1": model.times["t_base"]}
+    return solvers.odeint(model.velocity(model.net), x, params, throw=False, **times)
+
+
+def gradients(config: Config, model: Model, x: Array) -> list[dict[str, Any]]:
     """The gradient of the mean log p: relative error of one draw, and cost over the gradient of x(t) alone."""
-    forms = ways(field)
+    forms, params, field = ways(model), model.params, model.velocity(model.net)
 
     def plain(t: Array, x: Array, params: Any) -> Array:
         return field(t, x, params)
 
     def six(params: Any, key: Array, x: Array) -> Array:
         own = probes.spread(key, x, 8, 6)
-        return flows.log_prob(plain, x, params, probes=own, rule=NODES, throw=False, **TIMES)
+        return flows.log_prob(plain, x, params, probes=own, rule=NODES, throw=False, **model.times)
 
     chosen = {
         "in the solve, one Rademacher probe": forms["in the solve, one Rademacher probe"],
@@ -158,13 +213,13 @@ def gradients(config: Config, field: VectorField, params: Any, x: Array) -> list
     }
     keys = jax.random.split(jax.random.key(4), (config.draws, len(x)))
 
-    def alone(params: Any, key: Array, x: Array) -> Array:
-        return flows.standard_normal(solvers.odeint(field, x, params, t0=0.0, t1=1.0, throw=False))
+    def end(params: Any, key: Array, x: Array) -> Array:
+        return flows.standard_normal(alone(model, params, x))
 
     def of(one: Callable[[Any, Array, Array], Array]) -> Callable[..., Any]:
         return jax.jit(jax.grad(lambda params, keys: jnp.mean(jax.vmap(one, (None, 0, 0))(params, keys, x))))
 
-    functions = {name: of(way) for name, way in chosen.items()} | {"alone": of(alone)}
+    functions = {name: of(way) for name, way in chosen.items()} | {"alone": of(end)}
     times = measure({name: partial(f, params, keys[0]) for name, f in functions.items()}, config.repeats)
     truth = np.concatenate(
         [np.ravel(g) for g in jax.tree.leaves(of(forms["in the solve, its own divergence"])(params, keys[0]))]
@@ -180,52 +235,18 @@ def gradients(config: Config, field: VectorField, params: Any, x: Array) -> list
     return rows
 
 
-def draw(config: Config, rows: list[dict[str, Any]]) -> Path:
-    """Error against cost, both axes logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colors = {"in": "#D55E00", "8": "#0072B2", "likelihood,": "#009E73"}
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for number, row in enumerate(rows, 1):
-        color = colors[row["way"].split()[0]]
-        axes.loglog(row["cost"], row["rms"], "o", color=color)
-        axes.annotate(str(number), (row["cost"], row["rms"]), xytext=(5, 4), textcoords="offset points", color=color)
-    text = "\n".join(f"{number}  {row['way']}" for number, row in enumerate(rows, 1))
-    axes.text(1.02, 0.98, text, transform=axes.transAxes, va="top", fontsize=9)
-    axes.set(xlabel="time over solving for x(t) alone", ylabel="error of log p, root mean square (nats)")
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    path = Path(config.out) / "likelihood.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path
-
-
-def main(config: Config) -> dict[str, Any]:
-    """Train the field, measure every way, print, write and draw; return costs, errors and coverages."""
-    images = datasets.digits()
-    train, test = (
-        jnp.asarray(
-            (pixels.reshape(len(pixels), -1) + np.random.default_rng(0).uniform(size=(len(pixels), 64))) / 8.5 - 1
-        )
-        for pixels in (images.train, images.test)
-    )
-    field, params = trained_field(config, train.astype(jnp.float32))
-    x = test[: config.batch].astype(jnp.float32)
-    truth = reference(field, params, x)
+def measured(config: Config, kind: Kind, model: Model, x: Array) -> list[dict[str, Any]]:
+    """Rows of every way: cost, error, and what the interval says."""
+    truth = reference(model, x)
     keys = jax.random.split(jax.random.key(3), (config.draws, len(x)))
-    chosen = {name: way for number, (name, way) in enumerate(ways(field).items(), 1) if number in config.ways}
+    chosen = {name: way for number, (name, way) in enumerate(ways(model).items(), 1) if number in config.ways}
     compiled = {name: jax.jit(jax.vmap(way, (None, 0, 0))) for name, way in chosen.items()}
-    alone = jax.jit(jax.vmap(lambda x: solvers.odeint(field, x, params, t0=0.0, t1=1.0, throw=False)))
-    functions = {name: partial(f, params, keys[0], x) for name, f in compiled.items()}
-    times = measure(functions | {"alone": partial(alone, x)}, config.repeats)
+    base = jax.jit(jax.vmap(partial(alone, model), (None, 0)))
+    functions = {name: partial(f, model.params, keys[0], x) for name, f in compiled.items()}
+    times = measure(functions | {"alone": partial(base, model.params, x)}, config.repeats)
     rows = []
     for name, f in compiled.items():
-        found = [f(params, draw, x) for draw in keys]
+        found = [f(model.params, draw, x) for draw in keys]
         bars = [one for one in found if isinstance(one, flows.Likelihood)]
         values = np.stack([one.log_prob if bars else one for one in found])
         error = values - truth
@@ -233,6 +254,7 @@ def main(config: Config) -> dict[str, Any]:
         cost = ratio(times[name], times["alone"])
         rows.append(
             {
+                "field": kind,
                 "way": name,
                 "cost": cost.value,
                 "quartiles": cost[1:],
@@ -244,7 +266,7 @@ def main(config: Config) -> dict[str, Any]:
             }
         )
     show(
-        f"log p of {len(x)} digits, h = {config.width}: x(t) alone takes {1e3 * times['alone'].median:.1f} ms",
+        f"{kind}: log p of {len(x)} digits, h = {config.width}; x(t) alone takes {1e3 * times['alone'].median:.1f} ms",
         ("way", "cost", "rms error (nats)", "reported", "in two sigma", "divergences"),
         [
             [
@@ -256,19 +278,66 @@ def main(config: Config) -> dict[str, Any]:
             for r in rows
         ],
     )
-    by_gradient = gradients(config, field, params, x) if config.gradient else []
-    if by_gradient:
-        show(
-            "Gradient of the mean log p by the parameters",
-            ("way", "cost over the gradient of x(t) alone", "relative error of one draw"),
-            [[row["way"], row["cost"], row["relative error"]] for row in by_gradient],
-        )
+    return rows
+
+
+def draw(config: Config, rows: list[dict[str, Any]]) -> Path:
+    """Error against cost, both axes logarithmic, one panel a field."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colors = {"in": "#D55E00", "8": "#0072B2", "likelihood,": "#009E73"}
+    kinds = list(dict.fromkeys(row["field"] for row in rows))
+    size = (4.2 * len(kinds) + 2.6, 4.6)
+    figure, axes = plt.subplots(1, len(kinds), figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for panel, kind in zip(axes[0], kinds, strict=True):
+        here = [row for row in rows if row["field"] == kind]
+        for number, row in enumerate(here, 1):
+            color = colors[row["way"].split()[0]]
+            panel.loglog(row["cost"], row["rms"], "o", color=color)
+            place = {"xytext": (5, 4), "textcoords": "offset points"}
+            panel.annotate(str(number), (row["cost"], row["rms"]), color=color, **place)
+        panel.set(xlabel="time over solving for x(t) alone", title=kind)
+        panel.grid(color="#dddddd", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("error of log p, root mean square (nats)")
+    text = "\n".join(f"{number}  {row['way']}" for number, row in enumerate(here, 1))
+    axes[0, -1].text(1.04, 0.98, text, transform=axes[0, -1].transAxes, va="top", fontsize=9)
+    path = Path(config.out) / "likelihood.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Train the fields, measure every way, print, write and draw; return costs, errors and coverages."""
+    images = datasets.digits()
+    train, test = (
+        jnp.asarray(
+            (pixels.reshape(len(pixels), -1) + np.random.default_rng(0).uniform(size=(len(pixels), 64))) / 8.5 - 1
+        ).astype(jnp.float32)
+        for pixels in (images.train, images.test)
+    )
+    x = test[: config.batch]
+    rows: list[dict[str, Any]] = []
+    by_gradient: list[dict[str, Any]] = []
+    for kind in config.fields:
+        model = trained(kind, config, train)
+        rows += measured(config, kind, model, x)
+        if config.gradient and kind == config.fields[0]:
+            by_gradient = gradients(config, model, x)
+            show(
+                f"{kind}: gradient of the mean log p by the parameters",
+                ("way", "cost over the gradient of x(t) alone", "relative error of one draw"),
+                [[row["way"], row["cost"], row["relative error"]] for row in by_gradient],
+            )
     result = {
-        "cost": {row["way"]: row["cost"] for row in rows},
-        "rms": {row["way"]: row["rms"] for row in rows},
-        "covered": {row["way"]: row["covered"] for row in rows if row["covered"] is not None},
-        "gradient": by_gradient,
-    }
+        name: {kind: {row["way"]: row[name] for row in rows if row["field"] == kind} for kind in config.fields}
+        for name in ("cost", "rms", "covered")
+    } | {"gradient": by_gradient}
     write("likelihood", config, rows, result)
     draw(config, rows)
     return result

@@ -18,13 +18,13 @@ Albergo et al. (2023), "Stochastic Interpolants", section 2.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax.numpy as jnp
 
 from dgm_jax import schedules
 from dgm_jax._checks import floating, one_time
-from dgm_jax.types import Args, Array, Schedule, VectorField
+from dgm_jax.types import Args, Array, Schedule, StructuredField, VectorField
 
 __all__ = ["Kind", "convert"]
 
@@ -103,7 +103,8 @@ def convert(field: VectorField, schedule: Schedule, *, source: Kind, target: Kin
     """A field that predicts ``target``, from one that predicts ``source``.
 
     With p the prediction of ``field`` at (t, x) the result is a x + b p, the exact (a, b) of the pair; see the
-    head of this module for the five kinds.
+    head of this module for the five kinds. Its divergence is a d + b div p, in d dimensions: a field that knows its
+    own divergence makes one that does.
 
     Finite wherever the conversion is: at t = 0, for instance, score to velocity on ``vp`` and noise to
     velocity on ``linear``; at t = 1 of ``linear``, x0 to velocity. Infinite or NaN where the prediction says nothing
@@ -117,7 +118,8 @@ def convert(field: VectorField, schedule: Schedule, *, source: Kind, target: Kin
         target: what the result is to predict.
 
     Returns:
-        ``(t [], x [*event], args) -> [*event]``: ``field`` itself where source and target are the same.
+        ``(t [], x [*event], args) -> [*event]``: ``field`` itself where source and target are the same, and a
+        ``types.StructuredField`` where ``field`` is one.
 
     Raises:
         ValueError: for an unknown kind; when called, for a t that is not one time or a field whose value has
@@ -144,7 +146,26 @@ def convert(field: VectorField, schedule: Schedule, *, source: Kind, target: Kin
                 f"field must return the shape of x, {x.shape}, got {prediction.shape}: "
                 "it takes one example; use jax.vmap over a batch."
             )
-        at, limit = _path(schedule, time)
-        return formula(limit if takes_limit else at, x, prediction)
+        return formula(path(time), x, prediction)
 
-    return converted
+    def path(t: Array) -> _Path:
+        at, limit = _path(schedule, t)
+        return limit if takes_limit else at
+
+    if not isinstance(field, StructuredField):
+        return converted
+    own, own_forms = field.with_divergence, field.with_forms
+
+    def with_divergence(t: Array, x: Array, prepared: Any) -> tuple[Array, Array]:
+        prediction, divergence = own(t, x, prepared)
+        at = path(one_time(t, x.dtype))
+        return formula(at, x, prediction), formula(at, jnp.asarray(x.size, x.dtype), divergence)
+
+    def with_forms(t: Array, x: Array, prepared: Any, probes: Array) -> tuple[Array, Array]:
+        prediction, forms = cast(Callable, own_forms)(t, x, prepared, probes)
+        at = path(one_time(t, x.dtype))
+        return formula(at, x, prediction), formula(at, jnp.asarray(x.size, x.dtype), forms)
+
+    return StructuredField(
+        converted, field.prepare, with_divergence, None if own_forms is None else with_forms, field.probe_space
+    )

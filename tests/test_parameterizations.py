@@ -1,6 +1,6 @@
 """All twenty conversions against the oracles, inside and at the ends, and back again."""
 
-from itertools import permutations
+from itertools import permutations, product
 from typing import get_args
 
 import jax
@@ -11,7 +11,7 @@ from battery import SINGULAR, points, sweep
 from targets import SCHEDULES
 from targets import rotated_mixture as mixture
 
-from dgm_jax import densities, schedules
+from dgm_jax import densities, networks, schedules
 from dgm_jax.parameterizations import Kind, convert
 
 KINDS = get_args(Kind)
@@ -145,3 +145,28 @@ def test_bad_input():
     summed = convert(lambda t, x, args: jnp.sum(x), vp, source="noise", target="score")
     with pytest.raises(ValueError, match=r"field must return the shape of x, \(4, 2\), got \(\).*use jax.vmap over a"):
         summed(jnp.asarray(0.5), jnp.zeros((4, 2)), None)
+
+
+def test_a_field_that_knows_its_divergence_makes_one_that_does():
+    """Every third pair against the dense Jacobian; forms by every sign vector, whose mean is exact."""
+    schedule, x, t = SCHEDULES["vp"], jnp.asarray([0.3, -1.2, 0.8]), jnp.asarray(0.4)
+    net = networks.MLP((5, 6, 4), last_init=jax.nn.initializers.lecun_normal(), param_dtype=jnp.float64)
+    params, field = net.init(jax.random.key(0), t, x), networks.vector_field(net)
+    signs = jnp.asarray(list(product((-1.0, 1.0), repeat=field.probe_space(field.prepare(params))[0])))
+
+    @jax.jit
+    def every(params, x):
+        found = {}
+        for a, b in PAIRS[::3]:
+            made = convert(field, schedule, source=a, target=b)
+            prepared = made.prepare(params)
+            value, forms = made.with_forms(t, x, prepared, signs)
+            known = made(t, x, params), jnp.trace(jax.jacfwd(made, 1)(t, x, params))
+            found[a, b] = known, made.with_divergence(t, x, prepared), (value, jnp.mean(forms))
+        return found
+
+    for pair, (known, *own) in every(params, x).items():
+        for got in own:
+            np.testing.assert_allclose(got[0], known[0], rtol=1e-12, err_msg=str(pair))
+            np.testing.assert_allclose(got[1], known[1], rtol=1e-10, err_msg=str(pair))
+    assert convert(field, schedule, source="noise", target="noise") is field

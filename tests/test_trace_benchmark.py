@@ -145,8 +145,10 @@ def test_errors_on_fields(script, monkeypatch):
         assert sorted(set(each.groups[4].tolist())) == [0, 1, 2, 3]
     assert not np.allclose(maps[0].data, maps[1].data)
     with jax.enable_x64(True):
-        grouped = script.errors_of("groups", script.ours("groups", 4, 64, maps[1].groups), maps[1], 64)
+        grouped = script.errors_of("groups", script.ours("groups", 4, 64, maps[1]), maps[1], 64)
         plain = script.errors_of("rademacher", script.ours("rademacher", 4, 64), maps[1], 64)
+        turned = script.errors_of("rotated", script.ours("rotated", 4, 64, maps[1]), maps[1], 64)
+    assert turned.squares.shape == (4, 16)
     assert grouped.covered is None  # one draw of all groups
     assert plain.squares.shape == grouped.squares.shape == (4, 16)
 

@@ -326,6 +326,10 @@ def likelihood(
     may be chance. A peak of the divergence that is narrower than the nodes' spacing, and that the
     solver's steps know nothing of, is missed, and the interval does not tell: ``in_solve`` is for such fields.
 
+    Known to be too narrow: on a learned probability flow of 64-dimensional digits from t = 0.001 on, log-SNR for a
+    clock, float32, the value was off by 0.05 nat and the error reported was 0.008; ``in_solve`` was right to 0.0006.
+    There, take ``in_solve`` where hundredths of a nat count.
+
     The divergence is exact, unless probes are asked for in one of two ways. With a ``key``, node q has rows q k to
     q k + k - 1 of a randomised Hadamard matrix, k = ``num_probes``, counted round and round: no row is used again
     before all were, so that the errors of the nodes cancel. The standard error knows which rows nodes share.

@@ -31,7 +31,7 @@ class Section(NamedTuple):
 SECTIONS = (
     Section(
         "trace_estimators",
-        "stands beside what was found, in the first table",
+        "stands beside what was found, in the last table",
         ("Targets", "trace.choose", "Time over one evaluation of f", "Two-sigma", "value_and_grad", "Laplacian"),
     ),
     Section(

@@ -6,7 +6,9 @@ vectors: a quadratic form is the same from either side, e^T (J e) = (e^T J) e. W
     method            products e^T J    activations in memory, times f's  error
     exact             m                 up to 16                          none
     exact_in_chunks   m                 ``size``                          none
-    hutchinson        k, at most m      up to 8                           standard deviation ~ 1 / sqrt(k)
+    hutchinson        k                 up to 8                           standard deviation ~ 1 / sqrt(k)
+
+Up to m = 8, k probes of m or more take the m products of the whole Jacobian instead.
 
 How many products are taken at once is a matter of the processor's cache, which should hold them, under
 ``jax.vmap`` those of the whole batch; the rest follow in a loop.

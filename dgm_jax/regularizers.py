@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dgm_jax import solvers
 from dgm_jax._checks import at_least, concrete, evaluate, floating, one_time, probes_for, typed_key
@@ -184,7 +183,7 @@ def random_end(
     key = typed_key(key)
     if concrete((t0, t1, width)) and not 0 <= float(width) < abs(float(t1) - float(t0)):
         raise ValueError(
-            f"width must be at least 0 and less than |t1 - t0| = {np.abs(float(t1) - float(t0))}, got {float(width)}: "
+            f"width must be at least 0 and less than |t1 - t0| = {abs(float(t1) - float(t0))}, got {float(width)}: "
             "a longer one would turn the solve round."
         )
     return jnp.asarray(t1, dtype) + jnp.asarray(width, dtype) * jax.random.uniform(key, (), dtype, -1, 1)

@@ -743,11 +743,12 @@ def _leave_one_out_mean(terms: Array, changes: Array) -> Estimate:
     in D_ij = t_i - t_ij and in D_ji, with t_ij what t_i is without probe j; the rest of D_ij depends on one of the two
     alone, and on another one than that of D_ji. So E[D_ij D_ji] = c, and s^2 / n + mean D_ij D_ji is unbiased.
     """
-    n = terms.size
+    n, plain = terms.size, _mean(terms)
+    if n == 1:
+        return plain
     changes = jax.lax.stop_gradient(changes)
-    covariance = (jnp.sum(changes * changes.T) - jnp.sum(jnp.diagonal(changes) ** 2)) / (n * (n - 1)) if n > 1 else 0
-    plain = _mean(terms)
-    return Estimate(plain.value, _root(plain.stderr**2 + jnp.maximum(covariance, 0)) if n > 1 else plain.stderr)
+    covariance = (jnp.sum(changes * changes.T) - jnp.sum(jnp.diagonal(changes) ** 2)) / (n * (n - 1))
+    return Estimate(plain.value, _root(plain.stderr**2 + jnp.maximum(covariance, 0)))
 
 
 def _choose(e: np.ndarray, y: np.ndarray, products: int, positive: bool) -> Choice:

@@ -362,7 +362,7 @@ def likelihood(
         rtol: relative tolerance of the reported solve.
         atol: absolute tolerance of the reported solve.
         stepsize_controller: as in ``solvers.odeint``: ``PIDController`` or ``ConstantStepSize``.
-        dt0: as in ``solvers.odeint``.
+        dt0: as in ``solvers.odeint``; at nodes the hundredth of the interval that is the default is one of ``clock``.
         throw: raise when a solve fails, if that can be known now.
         **options: ``solver``, ``adjoint``, ``max_steps``, as in ``solvers.odeint``.
 
@@ -431,7 +431,8 @@ class _Solve(NamedTuple):
         """The same with a first step, where it was left to the solver."""
         if self.tight["dt0"] is not None:
             return self
-        return self._replace(tight={**self.tight, "dt0": step}, loose={**self.loose, "dt0": 3 * step})
+        tight = {**self.tight, "dt0": step}
+        return self._replace(tight=tight, loose=solvers.loosen(**tight, factor=10.0))
 
     def tolerance(self, value: Array) -> Array:
         """Of the quadrature."""

@@ -44,7 +44,7 @@ class Config:
     """Continue the run in that folder from its last good checkpoint."""
     seed: int = 0
     """Of all random numbers."""
-    data: Literal["gaussians-25", "digits"] = "gaussians-25"
+    data: Literal["gaussian_grid", "digits"] = "gaussian_grid"
     """25 Gaussians of standard deviation 0.05 on a grid of spacing 2, or 8 x 8 digits."""
     noise_levels: tuple[float, ...] = (0.12, 0.5, 2.0, 60.0)
     """sigma / alpha after each step of the chain, rising; as many as evaluations for a sample."""
@@ -117,7 +117,7 @@ def to_floats(images: np.ndarray) -> np.ndarray:
 def load(config: Config, key: Array, mesh: Any) -> Data:
     """Rows of numbers: points as they are, pixels in [-1, 1]."""
     mine = training.local_rows(mesh, config.batch_size)
-    if config.data == "gaussians-25":
+    if config.data == "gaussian_grid":
         points = jax.jit(lambda n: datasets.gaussian_grid(jax.random.fold_in(key, n), config.batch_size))
         test = datasets.gaussian_grid(jax.random.fold_in(key, config.num_steps), 10_000)
         return Data(lambda n: training.shard(mesh, np.asarray(points(n))[mine]), np.asarray(test))
@@ -141,6 +141,11 @@ def make_chain(levels: tuple[float, ...]) -> Chain:
     return ddpm.chain(1 - alpha_bars / np.concatenate([[1.0], alpha_bars[:-1]]))
 
 
+def leaky(x: Array) -> Array:
+    """The activation of both networks, as their authors have it."""
+    return jax.nn.leaky_relu(x, 0.2)
+
+
 def make_networks(
     features: tuple[int, ...], levels: tuple[float, ...], dim: int, *, latent: int, waves: int, std: float
 ) -> Networks:
@@ -154,12 +159,9 @@ def make_networks(
     The discriminator sees both states so scaled, waves of the former, and by how much they differ, in units of s.
     """
 
-    def activation(a: Array) -> Array:
-        return jax.nn.leaky_relu(a, 0.2)
-
     dtype = jnp.zeros(()).dtype
     options: dict[str, Any] = {"time_features": 16, "max_frequency": 10.0, "param_dtype": dtype}
-    options |= {"activation": activation, "last_init": jax.nn.initializers.lecun_normal()}
+    options |= {"activation": leaky, "last_init": jax.nn.initializers.lecun_normal()}
     nets = [networks.MLP(features, out_features=out, **options) for out in (dim, 1)]
     fields = [networks.vector_field(net) for net in nets]
     noise = jnp.asarray(levels, dtype)
@@ -193,49 +195,53 @@ def make_networks(
         return fields[1](time_of(n, x), jnp.concatenate(parts), params)[0]
 
     def init(key: Array) -> tuple[Any, Any]:
-        sizes = (1 + waves) * dim + latent, (3 + waves) * dim
-        made = (
-            net.init(k, jnp.zeros(()), jnp.zeros(size))
-            for net, k, size in zip(nets, jax.random.split(key), sizes, strict=True)
-        )
-        first, second = made
-        return first, second
+        key_g, key_d = jax.random.split(key)
+        never = jnp.zeros(())
+        of_g = nets[0].init(key_g, never, jnp.zeros((1 + waves) * dim + latent))
+        return of_g, nets[1].init(key_d, never, jnp.zeros((3 + waves) * dim))
 
     return Networks(generator, discriminator, init)
 
 
-def make_step(config: Config, nets: Networks, chain: Chain, key: Array) -> tuple[Any, Callable[..., Any]]:
-    """The first state, (generator's, discriminator's), and a step that trains the discriminator, then the generator."""
-    steps = jnp.arange(config.batch_size, dtype=jnp.int32) % len(chain.betas)  # rows are random: as many of each n
+def make_losses(
+    nets: Networks, chain: Chain, *, latent: int, gamma: float
+) -> tuple[Callable[..., Array], Callable[..., Array]]:
+    """The generator's loss and the discriminator's, ``(own params, key, the other's params, x0 [num, d]) -> []``."""
 
     def mean(loss: Callable[..., Array], key: Array, x0: Array, args: Any, **options: Any) -> Array:
         def one(key: Array, n: Array, x0: Array) -> Array:
-            return loss(key, nets.generator, nets.discriminator, chain, n, x0, args, latent=config.latent, **options)
+            return loss(key, nets.generator, nets.discriminator, chain, n, x0, args, latent=latent, **options)
 
+        steps = jnp.arange(len(x0), dtype=jnp.int32) % len(chain.betas)  # rows are random: as many of each n
         return jnp.mean(jax.vmap(one)(jax.random.split(key, len(x0)), steps, x0))
 
-    def loss_d(params: Any, key: Array, batch: Any) -> Array:
-        return mean(diffusion_gan.discriminator_loss, key, batch[0], (batch[1], params), gamma=config.gamma)
+    def of_generator(params: Any, key: Array, params_d: Any, x0: Array) -> Array:
+        return mean(diffusion_gan.generator_loss, key, x0, (params, params_d))
 
-    def loss_g(params: Any, key: Array, batch: Any) -> Array:
-        return mean(diffusion_gan.generator_loss, key, batch[0], (params, batch[1]))
+    def of_discriminator(params: Any, key: Array, params_g: Any, x0: Array) -> Array:
+        return mean(diffusion_gan.discriminator_loss, key, x0, (params_g, params), gamma=gamma)
 
-    def adam() -> Any:
-        return training.adam(config.learning_rate, config.num_steps, clip_norm=None, b1=0.5, b2=0.9)
+    return of_generator, of_discriminator
 
-    optimizers = adam(), adam()
-    update_g = training.step(loss_g, optimizers[0], ema_decay=config.ema_decay)
-    update_d = training.step(loss_d, optimizers[1], ema_decay=0.0)
+
+def make_step(config: Config, nets: Networks, chain: Chain, key: Array) -> tuple[Any, Callable[..., Any]]:
+    """The first state, (generator's, discriminator's), and a step that trains the discriminator, then the generator."""
+    losses = make_losses(nets, chain, latent=config.latent, gamma=config.gamma)
+    optimizer = training.adam(config.learning_rate, config.num_steps, clip_norm=None, b1=0.5, b2=0.9)
+    update_g, update_d = (
+        training.step(lambda own, key, batch, loss=loss: loss(own, key, *batch), optimizer, ema_decay=decay)
+        for loss, decay in zip(losses, (config.ema_decay, 0.0), strict=True)
+    )
 
     def update(state: Any, key: Array, x0: Array) -> Any:
         of_g, of_d = state
         key_g, key_d = jax.random.split(key)
-        of_d, seen_d = update_d(of_d, key_d, (x0, of_g.params))
-        of_g, seen_g = update_g(of_g, key_g, (x0, of_d.params))
+        of_d, seen_d = update_d(of_d, key_d, (of_g.params, x0))
+        of_g, seen_g = update_g(of_g, key_g, (of_d.params, x0))
         seen = {"loss": seen_g["loss"], "discriminator_loss": seen_d["loss"]}
         return (of_g, of_d), seen | {"finite": seen_g["finite"] & seen_d["finite"]}
 
-    return tuple(map(training.init, jax.jit(nets.init)(key), optimizers)), update
+    return tuple(training.init(params, optimizer) for params in jax.jit(nets.init)(key)), update
 
 
 def sampler(config: Config, nets: Networks, chain: Chain, dim: int) -> Callable[[Any, Array], Array]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from diffusion_gan import make_chain, make_networks
+from diffusion_gan import leaky, make_chain, make_losses, make_networks
 
 from dgm_jax import (
     adversarial,
@@ -258,11 +258,6 @@ def two_players(
     return {"init": init, "step": step, "params": lambda state: state[0].ema}
 
 
-def leaky(x: Array) -> Array:
-    """The activation of the adversarial models, as their authors have it."""
-    return jax.nn.leaky_relu(x, 0.2)
-
-
 def adversaries(
     task: Task,
     loss_d: Callable[..., Array],
@@ -328,31 +323,15 @@ def denoising_gan(task: Task) -> Model:
         levels, latent, waves, batch_size, rate = (0.08, 0.24, 0.7, 20.0), 8, 10, 64, 1e-3
     else:
         levels, latent, waves, batch_size, rate = (0.3, 0.9, 2.7, 80.0), 32, 0, 128, 5e-4
-    chain, num = make_chain(levels), len(levels)
-    generator, discriminator, start = make_networks(
-        task.features, levels, task.dims, latent=latent, waves=waves, std=1.0
-    )
+    chain, num, gamma = make_chain(levels), len(levels), 0.01 if task.dims == 2 else 0.05
+    nets = make_networks(task.features, levels, task.dims, latent=latent, waves=waves, std=1.0)
+    starts = (lambda key: nets.init(key)[0]), (lambda key: nets.init(key)[1])
+    learn = two_players(task, starts, make_losses(nets, chain, latent=latent, gamma=gamma), rate, batch_size)
 
-    def mean(loss: Callable[..., Array], key: Array, x: Array, args: Any, **more: Any) -> Array:
-        steps = jnp.arange(len(x), dtype=jnp.int32) % num  # rows are random: as many of each
+    def draw(params: Any, key: Array, z: Array) -> Array:
+        return diffusion_gan.sample(key, nets.generator, chain, z, params, latent=latent)
 
-        def one(key: Array, n: Array, x: Array) -> Array:
-            return loss(key, generator, discriminator, chain, n, x, args, latent=latent, **more)
-
-        return jnp.mean(jax.vmap(one)(jax.random.split(key, len(x)), steps, x))
-
-    def of_discriminator(params: Any, key: Array, params_g: Any, x: Array) -> Array:
-        return mean(
-            diffusion_gan.discriminator_loss, key, x, (params_g, params), gamma=0.01 if task.dims == 2 else 0.05
-        )
-
-    def of_generator(params: Any, key: Array, params_d: Any, x: Array) -> Array:
-        return mean(diffusion_gan.generator_loss, key, x, (params, params_d))
-
-    starts = (lambda key: start(key)[0]), (lambda key: start(key)[1])
-    learn = two_players(task, starts, (of_generator, of_discriminator), rate, batch_size)
-    draw = fixed(num, lambda params, key, z: diffusion_gan.sample(key, generator, chain, z, params, latent=latent))
-    return Model(**learn, chunk=50, latent=task.dims, samplers={"": Sampler(draw, None)})
+    return Model(**learn, chunk=50, latent=task.dims, samplers={"": Sampler(fixed(num, draw), None)})
 
 
 # -------------------------------------------------------------------------------------------------- latent variables
@@ -368,7 +347,6 @@ def gaussian_vae(task: Task) -> Model:
     latent, draws = (4, 256) if plane else (16, 256)
     start_e, encode = plain(task.features, task.dims, 2 * latent)
     start_d, decode = plain(task.features, latent, task.dims if plane else 2 * task.dims)
-    beta = 1.0
 
     def encoder(x: Array, params: Any) -> tuple[Array, Array]:
         both = encode(x, params[0])
@@ -382,7 +360,7 @@ def gaussian_vae(task: Task) -> Model:
 
     def loss(params: Any, key: Array, x: Array) -> Array:
         noise = jax.random.normal(key, (len(x), latent))
-        return -jnp.mean(jax.vmap(lambda x, e: vae.elbo(encoder, decoder, x, e, params, beta=beta).value)(x, noise))
+        return -jnp.mean(jax.vmap(lambda x, e: vae.elbo(encoder, decoder, x, e, params).value)(x, noise))
 
     def log_prob(params: Any, key: Array, x: Array) -> tuple[Array, Array]:
         return vae.importance_weighted(encoder, decoder, x, jax.random.normal(key, (draws, latent)), params)

@@ -89,7 +89,7 @@ def test_the_discriminator_learns_before_the_generator():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["gaussians-25", "digits"])
+@pytest.mark.parametrize("data", ["gaussian_grid", "digits"])
 def test_the_whole_of_it_and_again_from_a_checkpoint(tmp_path, data):
     """A run that lost its last checkpoints ends with the same numbers as one that was never stopped."""
     run = tmp_path / "run"

@@ -18,8 +18,9 @@ costs       Time over one evaluation of the field f, float32: a tanh network of 
             m dimensions, a batch of B. One probe, 16 probes, the exact trace by products, and the one that a field of
             ``networks.vector_field`` offers, its tables being made once, before. Every way returns f(x) too, and every
             evaluation is one of several in a row inside one compiled loop, as in a solve, with nothing carried over.
-            The examples of a batch have probes of their own; "shared" says that they all have the same, as a caller
-            may choose. The figure is the median over the rounds of the ratio within a round.
+            The examples of a batch have probes of their own; "shared" says that they all have the same, and "forward"
+            that the products are J e instead of e^T J, as a caller may choose. The figure is the median over the
+            rounds of the ratio within a round.
 gradients   value_and_grad by the parameters of mean(f^2 + div f), over that of mean(f^2) alone. The field's own
             divergence makes its tables anew.
 laplacians  Of a scalar network u(t, x), over one evaluation of u.
@@ -711,6 +712,7 @@ def cost_ways(
         "1 probe": (batched(divergence.hutchinson, f), params, x, one),
         "1 probe, jax.jvp": (batched(by_jvp, f), params, x, one),
         "16 probes": (batched(divergence.hutchinson, f), params, x, many),
+        "16 probes, forward": (batched(partial(divergence.hutchinson, mode="forward"), f), params, x, many),
     }
     alike = jax.vmap(lambda x, params, e: divergence.hutchinson(lambda x: f(half, x, params), x, e), (0, None, None))
     ways["16 probes, shared"] = (lambda params, x, e: alike(x, params, e), params, x, many[0])
@@ -1035,6 +1037,7 @@ LINES = {
     "1 probe, traceax": {"color": "#E69F00", "linewidth": 1.2, "marker": "s"},
     "1 probe, matfree": {"color": "#CC79A7", "linewidth": 1.2, "marker": "^"},
     "16 probes": {"color": "#0072B2", "linewidth": 2.4, "marker": "o"},
+    "16 probes, forward": {"color": "#D55E00", "linewidth": 1.6, "marker": "P"},
     "16 probes, shared": {"color": "#56B4E9", "linewidth": 1.6, "marker": "v"},
     "16 probes, traceax": {"color": "#E69F00", "linewidth": 1.2, "marker": "s"},
     "16 probes, matfree": {"color": "#CC79A7", "linewidth": 1.2, "marker": "^"},
@@ -1075,9 +1078,13 @@ def draw_costs(config: Config, rows: Sequence[dict[str, Any]]) -> Path:
                         if row["part"] == "costs" and (row["width"], row["batch"], row["way"]) == (width, batch, way)
                     ]
                     if shown and (way.startswith(kind) or (way == "structured" and line == 0)):
-                        ours = {"1 probe": "ours, 1 or 16 probes", "16 probes, shared": "ours, 16 shared probes"}
+                        ours = {
+                            "1 probe": "ours, 1 or 16 probes",
+                            "16 probes, shared": "ours, 16 shared probes",
+                            "16 probes, forward": "ours, 16 probes in forward mode",
+                        }
                         label = ours.get(way, way.split(", ")[-1])
-                        known = not way.startswith("16") or way.endswith("shared")
+                        known = way in ours or not way.startswith("16")
                         (handles[label if known else "-"],) = panel.loglog(
                             *zip(*shown, strict=True), markersize=5, **style
                         )

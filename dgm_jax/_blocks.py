@@ -1,4 +1,4 @@
-"""Sums over the vectors of a basis, a few at a time: how many is a matter of the processor's cache."""
+"""Loops in blocks: sums over the vectors of a basis, and steps with noise. How many at a time is a matter of speed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,10 @@ import jax.numpy as jnp
 
 from dgm_jax.types import Array
 
-__all__ = ["even", "most", "over_units"]
+__all__ = ["even", "most", "over_units", "scan_with_noise"]
+
+_DRAWN = 2048
+"""Random numbers drawn at a time for each example, at most, where a step needs fewer."""
 
 
 def most(width: int) -> int:
@@ -57,3 +60,44 @@ def over_units(term: Callable[[Array, Array], Any], like: Array, most: int) -> A
 
     zeros = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), jax.eval_shape(block, first))
     return jax.lax.scan(step, zeros, size * jnp.arange(-(-m // size)))[0]
+
+
+def scan_with_noise(
+    step: Callable[[Any, Any, Array], tuple[Any, Any]],
+    start: Any,
+    rows: Any,
+    *,
+    key: Array,
+    numbers: Array,
+    like: Array,
+) -> tuple[Any, Any]:
+    """``jax.lax.scan`` of ``step(carry, row, eps)``, eps ~ N(0, I) of step i from ``fold_in(key, numbers[i])``.
+
+    The noise of several steps is drawn at once, of as many as divide their number and need some 2,000 random numbers.
+    Beside a small network, draws step by step would take as long as half of it.
+
+    Args:
+        step: ``(carry, row, eps [*event]) -> (carry, output)``.
+        start: the first carry.
+        rows: what belongs to each step: any pytree with leaves ``[num, ...]``.
+        key: a typed key.
+        numbers: of the steps, of integers ``[num]``.
+        like: an array of the shape and dtype of eps.
+
+    Returns:
+        The last carry, and the outputs ``[num, ...]``.
+    """
+    num = numbers.shape[0]
+    most = max(1, min(num, _DRAWN // max(like.size, 1)))
+    size = max(size for size in range(1, most + 1) if num % size == 0)
+
+    def draw(n: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(key, n), like.shape, like.dtype)
+
+    def block(carry: Any, several: tuple[Any, Array]) -> tuple[Any, Any]:
+        rows, numbers = several
+        return jax.lax.scan(lambda carry, row: step(carry, *row), carry, (rows, jax.vmap(draw)(numbers)))
+
+    blocks = jax.tree.map(lambda leaf: leaf.reshape(num // size, size, *leaf.shape[1:]), (rows, numbers))
+    last, outputs = jax.lax.scan(block, start, blocks)
+    return last, jax.tree.map(lambda leaf: leaf.reshape(num, *leaf.shape[2:]), outputs)

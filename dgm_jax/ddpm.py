@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dgm_jax import _blocks
 from dgm_jax._checks import agree, concrete, floating, like, positive_integer, typed_key
 from dgm_jax.types import Args, Array, Chain, Schedule, VectorField
 
@@ -434,15 +435,14 @@ def ancestral(
     table = _table(_check(chain))
     variance, clip = _known(variance), _range(clip)
 
-    def step(x: Array, n: Array) -> tuple[Array, Array | None]:
-        z = jax.random.normal(jax.random.fold_in(key, n), x.shape, x.dtype)
+    def step(x: Array, n: Array, z: Array) -> tuple[Array, Array | None]:
         x = _p_step(noise_model, table, n, x, z, args, variance, clip)
         return x, x if path else None
 
-    steps = jnp.arange(table.beta.shape[0], dtype=jnp.int32)
+    steps = jnp.arange(table.beta.shape[0], dtype=jnp.int32)[::-1]
     with jax.default_matmul_precision("highest"):
-        x, states = jax.lax.scan(step, x_T, steps, reverse=True)
-    return jnp.concatenate([states, x_T[None]])[::-1] if states is not None else x
+        x, states = _blocks.scan_with_noise(step, x_T, steps, key=key, numbers=steps, like=x_T)
+    return jnp.concatenate([x_T[None], states]) if states is not None else x
 
 
 # -------------------------------------------------------------------------------------------------------- losses

@@ -16,7 +16,8 @@ How many products are taken at once is a matter of the processor's cache, which 
 All of them can be differentiated in reverse and forward, and run inside ``jax.lax.while_loop``. In reverse, the loop
 keeps nothing of its blocks and computes each again.
 
-Where f has no reverse mode, as with a ``jax.lax.while_loop`` in it, ``mode="forward"`` takes the products J e instead::
+Where f has no reverse mode, as with a ``jax.lax.while_loop`` in it, ``mode="forward"`` takes the products J e instead.
+For 16 probes of one example alone it is also faster, by up to a half on a CPU; in a batch it is not::
 
     forward = partial(divergence.exact, mode="forward")         # make it once: each new one compiles anew
     flows.log_prob(velocity, x, args, divergence=forward, ...)

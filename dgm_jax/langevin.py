@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dgm_jax import _blocks
 from dgm_jax._checks import concrete, evaluate, floating, like, noise_levels, one_time, positive_integer, typed_key
 from dgm_jax.types import Args, Array, ScalarField, VectorField
 
@@ -89,11 +90,10 @@ def unadjusted(
     _check_counts(num_steps, thin)
     jax.eval_shape(lambda x: evaluate("score", score, t, x, args), x0)
 
-    def step(n: Array, x: Array) -> Array:
-        eps = jax.random.normal(jax.random.fold_in(key, n), x.shape, x.dtype)
+    def step(n: Array, x: Array, eps: Array) -> Array:
         return x + 0.5 * eta * score(t, x, args) + jnp.sqrt(eta) * eps
 
-    x, states = _iterate(step, x0, num_steps, thin, lambda x: x)
+    x, states = _iterate_with_noise(key, step, x0, num_steps, thin)
     return x if thin is None else (x, states)
 
 
@@ -145,7 +145,7 @@ def metropolis(
     jax.eval_shape(lambda x: like("log_density", log_density(t, x, args), (), x.dtype), x0)
     value_and_grad = jax.value_and_grad(lambda x: log_density(t, x, args))
 
-    def step(n: Array, carry: _Carry) -> _Carry:
+    def step(carry: _Carry, n: Array) -> tuple[_Carry, None]:
         x, log_p, gradient, accepted, nonfinite = carry
         key_noise, key_accept = jax.random.split(jax.random.fold_in(key, n))
         eps = jax.random.normal(key_noise, x.shape, x.dtype)
@@ -160,7 +160,10 @@ def metropolis(
         x, log_p, gradient = (
             jnp.where(accept, new, old) for new, old in ((y, x), (log_p_y, log_p), (gradient_y, gradient))
         )
-        return _Carry(x, log_p, gradient, accepted + probability, nonfinite + (~finite).astype(jnp.int32))
+        return _Carry(x, log_p, gradient, accepted + probability, nonfinite + (~finite).astype(jnp.int32)), None
+
+    def several(carry: _Carry, numbers: Array) -> _Carry:
+        return jax.lax.scan(step, carry, numbers)[0]
 
     with jax.default_matmul_precision("highest"):
         log_p, gradient = value_and_grad(x0)
@@ -172,7 +175,7 @@ def metropolis(
         )
     fine &= jnp.all(jnp.isfinite(eta))  # with no step to take, a chain that stays would look like one that moves
     start = _Carry(jnp.where(fine, x0, jnp.nan), log_p, gradient, jnp.zeros((), x0.dtype), jnp.zeros((), jnp.int32))
-    last, states = _iterate(step, start, num_steps, thin, lambda carry: carry.x)
+    last, states = _iterate(several, start, num_steps, thin, lambda carry: carry.x)
     return last.x, Info(last.accepted / num_steps, last.nonfinite, states)
 
 
@@ -237,13 +240,12 @@ def annealed(
     _check_counts(total, thin)
     jax.eval_shape(lambda x: evaluate("score", score, sigmas[0], x, args), x0)
 
-    def step(n: Array, x: Array) -> Array:
+    def step(n: Array, x: Array, eps: Array) -> Array:
         sigma = sigmas[n // num_steps]
         alpha = eta * jnp.square(sigma / sigmas[-1])
-        eps = jax.random.normal(jax.random.fold_in(key, n), x.shape, x.dtype)
         return x + 0.5 * alpha * score(sigma, x, args) + jnp.sqrt(alpha) * eps
 
-    x, states = _iterate(step, x0, total, thin, lambda x: x)
+    x, states = _iterate_with_noise(key, step, x0, total, thin)
     if denoise:
         with jax.default_matmul_precision("highest"):
             x = x + jnp.square(sigmas[-1]) * score(sigmas[-1], x, args)
@@ -318,24 +320,33 @@ class _Carry(NamedTuple):
 
 
 def _iterate(
-    step: Callable[[Array, Any], Any], start: Any, num_steps: int, thin: int | None, state: Callable[[Any], Array]
+    several: Callable[[Any, Array], Any], start: Any, num_steps: int, thin: int | None, state: Callable[[Any], Array]
 ) -> tuple[Any, Array | None]:
-    """carry_(n+1) = step(n, carry_n) as one scan, and with ``thin`` the state after every thin-th step."""
+    """``several(carry, numbers of the steps to take)`` for all steps, and with ``thin`` every thin-th state."""
 
-    def one(carry: tuple[Array, Any], _: None) -> tuple[tuple[Array, Any], None]:
-        n, inner = carry
-        return (n + 1, step(n, inner)), None
+    def block(carry: Any, numbers: Array) -> tuple[Any, Array]:
+        carry = several(carry, numbers)
+        return carry, state(carry)
 
-    def block(carry: tuple[Array, Any], _: None) -> tuple[tuple[Array, Any], Array]:
-        carry, _ = jax.lax.scan(one, carry, length=thin)
-        return carry, state(carry[1])
-
+    numbers = jnp.arange(num_steps, dtype=jnp.int32)
     with jax.default_matmul_precision("highest"):
-        first = (jnp.int32(0), start)
         if thin is None:
-            return jax.lax.scan(one, first, length=num_steps)[0][1], None
-        last, states = jax.lax.scan(block, first, length=num_steps // thin)
-    return last[1], states
+            return several(start, numbers), None
+        return jax.lax.scan(block, start, numbers.reshape(-1, thin))
+
+
+def _iterate_with_noise(
+    key: Array, step: Callable[[Array, Array, Array], Array], x0: Array, num_steps: int, thin: int | None
+) -> tuple[Array, Array | None]:
+    """The same with x_(n+1) = step(n, x_n, eps_n)."""
+
+    def one(x: Array, n: Array, eps: Array) -> tuple[Array, None]:
+        return step(n, x, eps), None
+
+    def several(x: Array, numbers: Array) -> Array:
+        return _blocks.scan_with_noise(one, x, numbers, key=key, numbers=numbers, like=x)[0]
+
+    return _iterate(several, x0, num_steps, thin, lambda x: x)
 
 
 def _finite(log_p: Array, gradient: Array) -> Array:

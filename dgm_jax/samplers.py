@@ -43,7 +43,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax import parameterizations, quadrature, schedules
+from dgm_jax import _blocks, parameterizations, quadrature, schedules
 from dgm_jax._checks import agree, at_least, concrete, evaluate, floating, one_time, positive_integer, typed_key
 from dgm_jax.parameterizations import Kind
 from dgm_jax.types import Args, Array, Schedule, VectorField
@@ -722,10 +722,7 @@ def _run(
     if rows.n is None:
         rows = rows._replace(n=_down_to_0(rows.t.shape[0]))
 
-    def noise(n: Any) -> Array:
-        return jax.random.normal(jax.random.fold_in(cast(Array, typed), n), x.shape, x.dtype)
-
-    def step(carry: tuple[Array, Any, tuple[Array, ...]], row: _Rows) -> tuple[Any, None]:
+    def step(carry: tuple[Array, Any, tuple[Array, ...]], row: _Rows, eps: Array | None = None) -> tuple[Any, None]:
         x, before, past = carry
         known = (denoiser(row.t, x, args), *past)
         new = row.x * x
@@ -733,16 +730,19 @@ def _run(
             new = new + weight * denoised
         if row.before is not None:
             new = new + row.before * before
-        if row.noise is not None:
-            new = new + row.noise * noise(row.n)
+        if row.noise is not None and eps is not None:
+            new = new + row.noise * eps
         return (new, None if row.before is None else x, known[:-1]), None
 
     if rows.noise is not None and raised is not None:
-        x = raised.first[0] * x + raised.first[1] * noise(raised.n)
+        first = jax.random.normal(jax.random.fold_in(cast(Array, typed), raised.n), x.shape, x.dtype)
+        x = raised.first[0] * x + raised.first[1] * first
     start = (x, None if rows.before is None else x, (jnp.zeros_like(x),) * (len(rows.denoised) - 1))
     with jax.default_matmul_precision("highest"):
-        (x, _, _), _ = jax.lax.scan(step, start, rows)
-    return x
+        if rows.noise is None:
+            return jax.lax.scan(step, start, rows)[0][0]
+        numbers = cast(Array, rows.n)
+        return _blocks.scan_with_noise(step, start, rows, key=cast(Array, typed), numbers=numbers, like=x)[0][0]
 
 
 def _prepare(

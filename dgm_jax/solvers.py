@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import lineax
 import numpy as np
 
-from dgm_jax import _checks
+from dgm_jax import _blocks, _checks
 from dgm_jax.types import SDE, Args, Array, VectorField
 
 __all__ = [
@@ -392,15 +392,14 @@ def euler_maruyama(
     dt = (t1 - t0) / num_steps
     root = jnp.sqrt(jnp.abs(dt))
 
-    def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array | None]:
-        n, x = carry  # counting here is faster than slicing an array of times
+    def step(x: Array, n: Array, eps: Array) -> tuple[Array, Array | None]:
         t = t0 + n.astype(x.dtype) * dt
-        eps = jax.random.normal(jax.random.fold_in(key, n), x.shape, x.dtype)
         x = x + sde.drift(t, x, args) * dt + _diagonal(sde.diffusion(t, x, args), x) * (root * eps)
-        return (n + 1, x), x if path else None
+        return x, x if path else None
 
+    numbers = jnp.arange(num_steps, dtype=jnp.int32)
     with jax.default_matmul_precision("highest"):
-        (_, x1), xs = jax.lax.scan(step, (jnp.int32(0), x0), length=num_steps)
+        x1, xs = _blocks.scan_with_noise(step, x0, numbers, key=key, numbers=numbers, like=x0)
     if path:
         times = t0 + jnp.arange(num_steps).astype(x0.dtype) * dt
         return jnp.append(times, t1), jnp.concatenate([x0[None], cast(Array, xs)])

@@ -11,8 +11,9 @@ The noise levels of the four steps suit the data: the step next to them has to p
 to choose among four modes, and what the others leave is blurred. With those of the paper's path (--noise-levels 0.95
 3.4 17 150) the same training gets fewer points into the modes.
 
-Other data: --data digits, 8 x 8. --noise-levels 60 is a GAN without diffusion. A run that was stopped goes on with
---resume.
+Other data: --data digits, 8 x 8, where these networks fall short: after 10,000 steps (three minutes) samples are still
+noisy, a classifier is sure of 26 per cent of them, of real digits 84. --noise-levels 60 is a GAN without diffusion. A
+run that was stopped goes on with --resume.
 
 Source: Xiao, Kreis & Vahdat (2022), "Tackling the generative learning trilemma with denoising diffusion GANs".
 """

@@ -84,7 +84,7 @@ class Config:
     """Widths of the MLP."""
     timed_evaluations: int = 20
     """Evaluations of each sampler that is timed."""
-    repeats: int = 25
+    repeats: int = 9
     """Rounds."""
 
 
@@ -302,7 +302,7 @@ def draw_plot(
     ):
         axis.set(xscale="log", yscale="log", xlabel="evaluations", ylabel=label)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False, fontsize=8)
     width = 0.8 / max(len(ratios), 1)
     for i, (network, values) in enumerate(ratios.items()):
         for j, way in enumerate(values):

@@ -7,8 +7,8 @@ Target: at most 1.1 times, in every case. About four minutes on two CPU cores.
 Two drifts, an Ornstein-Uhlenbeck one (nothing but the loop's own cost) and a small network; two ways to have a batch,
 ``vmap`` over keys (each path has its own) and the batch as one state of one path (one key); several sizes. The
 scan by hand is what one would write for the same case: it splits its key at each step, and draws one step's noise at a
-time, where ours draws that of several steps if it is little. ``solvers.sdeint``, Diffrax's
-Euler in the same steps, stands beside for information.
+time, where ours draws that of several steps if it is little. ``solvers.sdeint``, Diffrax's Euler in the same steps,
+stands beside for information.
 """
 
 import math

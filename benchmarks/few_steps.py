@@ -84,7 +84,7 @@ class Config:
     """Widths of the MLP."""
     timed_evaluations: int = 20
     """Evaluations of each sampler that is timed."""
-    repeats: int = 9
+    repeats: int = 25
     """Rounds."""
 
 

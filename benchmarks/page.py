@@ -56,7 +56,7 @@ HEAD = """# Benchmarks
 *Written by `python benchmarks/page.py` from the JSON in `benchmarks/results`; edit that script, not this page.*
 
 One script a question. The answer is a ratio, of run times taken in turn in one process, so that a busy moment of the
-machine falls on both sides, with the quartiles over the rounds. What is compiled is timed apart, as the
+machine falls on both sides, with the quartiles over the rounds. Compiling is timed apart, as the
 first call. Each prints its tables and writes `<out>/<name>.json` (configuration, machine, every row, every table) and
 pictures beside it; `--out` names the folder, `runs/benchmarks` unless told, and `--help` lists the options.
 
@@ -71,11 +71,12 @@ than with one, which would flatter us: that is why several numbers of threads ar
 the other programs out of the picture, bind the process to one core: `taskset -c 0 python benchmarks/...
 --torch-threads 1`.
 
-From one process to the next, the time of one and the same program can differ by half, which no number of rounds evens
-out; a small one may fall into waiting for XLA's threads. The field itself at h = 64, m = 2 and a batch of 64 took 13
-microseconds in one run of `trace_estimators.py` and 181 in the one below, and what stands over it suffers. One probe at
-h = 64, m = 64 and a batch of 512 took 1.8, 2.7 and 2.8 times the field in three more processes, by `jax.jvp` 1.4, 2.6
-and 2.8.
+From one process to the next, the time of one and the same program can differ by half and more, which no number of
+rounds evens out: `trace_estimators.py` takes its times in three processes, and the medians over them count. What
+differs is how long XLA's threads wait for each other. One probe at h = 64, m = 64 and a batch of 512, by whichever
+package, takes either 1.9 or 3.1 times the field on two cores, and 1.8 on one: `taskset -c 0 python
+benchmarks/trace_estimators.py --parts costs --widths 64 --sizes 64 784`. The field and 16 products of its Jacobian are
+17 times its multiplications: less than that in time is what larger products gain.
 """
 
 

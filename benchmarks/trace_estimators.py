@@ -30,15 +30,20 @@ the costs, both get the same probes as data as our functions do: traceax from a 
 place of the key, which only its sampler reads. For the errors they draw their own, from the same keys, by which
 matfree's draws are ours. Laplacians: folx.
 
-Targets stand beside what was found in the last table. About eight minutes on two CPU cores that others use too; fewer
-of --widths, --sizes and --batches make it shorter.
+All times are taken in three processes, one after the other, and the medians over them count.
+
+Targets stand beside what was found in the last table, with what each process found. About fifteen minutes on two CPU
+cores that others use too; fewer of --widths, --sizes, --batches and --processes make it shorter.
 """
 
 import functools
 import importlib
+import itertools
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +62,7 @@ PARTS = ("errors", "costs", "gradients", "laplacians")
 PROBES = ("rademacher", "gaussian", "sphere", "orthogonal", "hadamard")
 LEARNT = ("groups", "rotated")
 """Those that know other maps of the kind."""
+GRADIENT_SIZE = 64  # m of the gradients
 CHOOSES = ("hadamard", "hutch_pp", "xtrace", "xnystrace")
 PEERS = {
     "traceax Hutchinson": "rademacher",
@@ -120,15 +126,19 @@ class Config:
     """What all rounds of one cell may take together, about; three rounds there are at least, but two of slow ones."""
     repeats: int = 25
     """Rounds, at most."""
+    processes: int = 3
+    """In which all times are taken anew, one after the other: from one to the next the same program can take half as
+    long again."""
 
 
 class Target(NamedTuple):
-    """A number, and what it should be: at most ``high``, at least ``low``."""
+    """A number, and what it should be: at most ``high``, at least ``low``. ``place`` is where it was found."""
 
     name: str
     value: float
     low: float = -np.inf
     high: float = np.inf
+    place: str = ""
 
 
 def peers() -> dict[str, Any]:
@@ -270,7 +280,8 @@ def fields(config: Config) -> list[Map]:
 def graph_map(file: str) -> Map:
     """e -> A^3 e, A the adjacency matrix of the graph, without loops or directions."""
     lines = [line.split()[:2] for line in Path(file).read_text().splitlines() if line.strip() and line[0] not in "#%"]
-    if lines and lines[0][-1] == str(len(lines) - 1):
+    named = {node for line in lines[1:] for node in line}
+    if lines and lines[0][-1] == str(len(lines) - 1) and lines[0][0].isdigit() and int(lines[0][0]) >= len(named):
         lines = lines[1:]  # a head: numbers of nodes and edges
     if not lines:
         raise ValueError(f"graph {file} has no edges: one a line, two node numbers first.")
@@ -733,110 +744,109 @@ def cost_ways(
     return ways
 
 
-def costs(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any], list[Target]]:
-    """Rows of every way in every cell; tables; the targets."""
+def row_of(part: str, cell: str, way: str, times: Seconds, base: Seconds, way_of: Way, **where: Any) -> dict[str, Any]:
+    """What is kept of a way in a cell: its time, what it costs over ``base``, its memory."""
+    cost = over(times, base)
+    return {
+        "part": part, "cell": cell, "way": way, **where, "seconds": times.median, "rounds": len(times.rounds),
+        "compile": times.first, "cost": cost.value, "quartiles": cost[1:], "bytes": way_of.memory,
+    }  # fmt: skip
+
+
+def costs(config: Config) -> list[dict[str, Any]]:
+    """Rows of every way in every cell."""
     found = peers()
     found.pop("folx", None)
     rows: list[dict[str, Any]] = []
-    cells: dict[tuple[int, int, int], dict[str, Seconds]] = {}
-    memory: dict[tuple[int, int, int], dict[str, int]] = {}
-    for width in config.widths:
-        for m in config.sizes:
-            for batch in config.batches:
-                exact = batch == config.exact_batch and m <= 784
-                ways = {name: in_a_row(*way) for name, way in cost_ways(width, m, batch, found, exact).items()}
-                slow = {name: way for name, way in ways.items() if name.startswith(("16", "exact"))}
-                quick = {name: way for name, way in ways.items() if name not in slow}
-                times = timed(config, quick)
-                beside = timed(config, {"f": ways["f"]} | slow)  # with a field of its own rounds
-                cell = {name: (beside if name in slow else times)[name] for name in ways}
-                cells[width, m, batch] = cell
-                memory[width, m, batch] = {name: way.memory for name, way in ways.items()}
-                for name, each in cell.items():
-                    cost = over(each, beside["f"] if name in slow else times["f"])
-                    rows.append(
-                        {
-                            "part": "costs", "width": width, "m": m, "batch": batch, "way": name,
-                            "seconds": each.median, "rounds": len(each.rounds), "compile": each.first,
-                            "cost": cost.value, "quartiles": cost[1:], "bytes": ways[name].memory,
-                        }
-                    )  # fmt: skip
-                last = {row["way"]: row["cost"] for row in rows[-len(cell) :]}
-                runs.say(
-                    f"h {width}, m {m}, B {batch}: f {1e6 * cell['f'].median:.4g} us; "
-                    + ", ".join(f"{name} {cost:.2f}" for name, cost in last.items() if name != "f")
-                )
-    return rows, *report_costs(config, rows, cells, memory)
+    for width, m, batch in itertools.product(config.widths, config.sizes, config.batches):
+        exact = batch == config.exact_batch and m <= 784
+        ways = {name: in_a_row(*way) for name, way in cost_ways(width, m, batch, found, exact).items()}
+        slow = {name: way for name, way in ways.items() if name.startswith(("16", "exact"))}
+        times = timed(config, {name: way for name, way in ways.items() if name not in slow})
+        beside = timed(config, {"f": ways["f"]} | slow)  # with a field of its own rounds
+        cell = f"h {width}, m {m}, B {batch}"
+        for name, way in ways.items():
+            mine = beside if name in slow else times
+            where = {"width": width, "m": m, "batch": batch}
+            rows.append(row_of("costs", cell, name, mine[name], mine["f"], way, **where))
+        last = {row["way"]: row["cost"] for row in rows[-len(ways) :]}
+        runs.say(
+            f"{cell}: f {1e6 * times['f'].median:.4g} us; "
+            + ", ".join(f"{name} {cost:.2f}" for name, cost in last.items() if name != "f")
+        )
+    return rows
 
 
-def report_costs(
-    config: Config,
-    rows: list[dict[str, Any]],
-    cells: Mapping[tuple[int, int, int], Mapping[str, Seconds]],
-    memory: Mapping[tuple[int, int, int], Mapping[str, int]],
-) -> tuple[dict[str, Any], list[Target]]:
-    """Print the costs over f; the targets."""
-    costs = {(row["width"], row["m"], row["batch"], row["way"]): row["cost"] for row in rows}
-    names = list(dict.fromkeys(row["way"] for row in rows if row["way"] != "f"))
-    show(
+def show_costs(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the costs over f, and the memory."""
+    names = ["f", *dict.fromkeys(row["way"] for row in rows if row["way"] != "f")]
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault(f"{row['width']}, {row['m']}, {row['batch']}", {})[row["way"]] = row
+
+    def show_each(title: str, of_f: Callable[[dict[str, Any]], Any], number: Callable[[dict[str, Any]], str]) -> None:
+        lines = [
+            [cell, of_f(ways["f"]), *(number(ways[name]) if name in ways else "-" for name in names[1:])]
+            for cell, ways in cells.items()
+        ]
+        show(title, ("h, m, B", *names), lines)
+
+    def megabytes(row: dict[str, Any]) -> str:
+        return f"{row['bytes'] / 1e6:.2f}"
+
+    show_each(
         "Time over one evaluation of f; f in microseconds",
-        ("h, m, B", "f", *names),
-        [
-            [
-                f"{h}, {m}, {b}",
-                1e6 * cell["f"].median,
-                *(f"{costs[h, m, b, name]:.2f}" if name in cell else "-" for name in names),
-            ]
-            for (h, m, b), cell in cells.items()
-        ],
+        lambda row: 1e6 * row["seconds"],
+        lambda row: f"{row['cost']:.2f}",
     )
-    show(
-        "Temporary memory, MB",
-        ("h, m, B", "f", *names),
-        [
-            [f"{h}, {m}, {b}", *(f"{used[name] / 1e6:.2f}" if name in used else "-" for name in ("f", *names))]
-            for (h, m, b), used in memory.items()
-        ],
-    )
+    show_each("Temporary memory, MB", megabytes, megabytes)
 
-    def worst(values: Mapping[tuple[int, int, int], float], name: str, **limits: float) -> list[Target]:
+
+def cost_targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
+    """What the costs of one process, or the medians of several, should be."""
+    cells: dict[tuple[int, int, int], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["width"], row["m"], row["batch"]), {})[row["way"]] = row
+
+    def costs_of(*ways: str) -> dict[tuple[int, int, int], float]:
+        """The least cost of these ways, in the cells that have one of them."""
+        found = {key: [cell[way]["cost"] for way in ways if way in cell] for key, cell in cells.items()}
+        return {key: min(values) for key, values in found.items() if values}
+
+    def at(values: Mapping[tuple[int, int, int], float], name: str, **limits: float) -> list[Target]:
+        """The largest; none where there is none."""
         if not values:
             return []
         place = max(values, key=values.__getitem__)
-        return [Target(f"{name} (h {place[0]}, m {place[1]}, B {place[2]})", values[place], **limits)]
+        return [Target(name, values[place], **limits, place="h {}, m {}, B {}".format(*place))]
 
-    def costs_of(way: str, wanted: Callable[[int, int, int], bool]) -> dict[tuple[int, int, int], float]:
-        return {key: costs[(*key, way)] for key in cells if (*key, way) in costs and wanted(*key)}
+    def quotient(
+        over: Mapping[tuple[int, int, int], float], under: Mapping[tuple[int, int, int], float]
+    ) -> dict[tuple[int, int, int], float]:
+        return {key: over[key] / under[key] for key in over if key in under}
 
-    every = costs_of("1 probe", lambda h, m, b: True)
-    targets = worst(every, "1 probe over f, worst", high=2.25)
-    targets.append(Target("1 probe over f, median over the cells", float(np.median(list(every.values()))), high=1.85))
-    beside = {}
-    for key, cell in cells.items():
-        others = [cell[name] for name in ("1 probe, traceax", "1 probe, matfree") if name in cell]
-        if others:
-            fastest = min(others, key=lambda each: each.median)
-            beside[key] = over(cell["1 probe"], fastest).value
-    targets += worst(beside, "1 probe over the faster of traceax and matfree, worst", high=1.05)
-    if (512, 64, 64) in beside:
-        targets.append(Target("traceax and matfree over 1 probe, h 512, m 64, B 64", 1 / beside[512, 64, 64], low=2.0))
+    one, others = costs_of("1 probe"), costs_of("1 probe, traceax", "1 probe, matfree")
+    targets = at(one, "1 probe over f, worst", high=2.25)
+    targets.append(Target("1 probe over f, median over the cells", float(np.median(list(one.values()))), high=1.85))
+    targets += at(quotient(one, others), "1 probe over the faster of traceax and matfree, worst", high=1.05)
+    if (512, 64, 64) in others:
+        name = "traceax and matfree over 1 probe"
+        targets += at({(512, 64, 64): others[512, 64, 64] / one[512, 64, 64]}, name, low=2.0)
     for way in ("16 probes", "16 probes, shared"):
-        targets += worst(costs_of(way, lambda h, m, b: (h, b) == (64, 64)), f"{way}, over f, worst", high=11.5)
-    targets += worst(costs_of("16 probes", lambda h, m, b: (h, m, b) == (64, 3072, 512)), "16 probes over f", high=29.0)
-    shares = {}
-    for key, cell in cells.items():
-        if "exact" in cell:
-            better = min((cell["exact, jacfwd"], cell["exact, vjp"]), key=lambda each: each.median)
-            shares[key] = over(cell["exact"], better).value
+        here = {key: cost for key, cost in costs_of(way).items() if (key[0], key[2]) == (64, 64)}
+        targets += at(here, f"{way}, over f, worst", high=11.5)
+    here = {key: cost for key, cost in costs_of("16 probes").items() if key == (64, 3072, 512)}
+    targets += at(here, "16 probes over f", high=29.0)
+    shares = quotient(costs_of("exact"), costs_of("exact, jacfwd", "exact, vjp"))
     for h, high in ((64, 0.35), (512, 0.65)):
         here = {key: share for key, share in shares.items() if key[:2] == (h, 784)}
-        targets += worst(here, "exact over the better of jacfwd and vjp", high=high)
+        targets += at(here, f"exact over the better of jacfwd and vjp, h {h}", high=high)
         if h == 64:
-            targets += worst({key: memory[key]["exact"] / 1e6 for key in here}, "exact, MB", high=30.0)
+            targets += at({key: cells[key]["exact"]["bytes"] / 1e6 for key in here}, "exact, MB", high=30.0)
     for least, high in ((64, 1.45), (784, 1.15)):
-        here = costs_of("structured", lambda h, m, b, least=least: h == 64 and m >= least)
-        targets += worst(here, f"structured over f, m >= {least}, worst", high=high)
-    return {"exact over the better": {str(key): share for key, share in shares.items()}}, targets
+        here = {key: cost for key, cost in costs_of("structured").items() if key[0] == 64 and key[1] >= least}
+        targets += at(here, f"structured over f, h 64, m >= {least}, worst", high=high)
+    return targets
 
 
 # ------------------------------------------------------------------------------------------ gradients and Laplacians
@@ -880,45 +890,36 @@ def direct(function: Callable[..., Any], *arguments: Any) -> Way:
     return Way(call, compiled.memory_analysis().temp_size_in_bytes, took)
 
 
-def over_first(
-    part: str, cells: Mapping[str, Mapping[str, Way]], config: Config, title: str, base: str
-) -> tuple[list[dict[str, Any]], dict[str, Any], list[Target]]:
-    """Time every cell, and print the costs over its way ``base`` and the memory."""
+def over_first(part: str, cells: Mapping[str, Mapping[str, Way]], config: Config) -> list[dict[str, Any]]:
+    """Time every cell: costs over the first way of each."""
     rows: list[dict[str, Any]] = []
     for cell, ways in cells.items():
         times = timed(config, ways)
-        for name, each in times.items():
-            cost = over(each, times[base])
-            rows.append(
-                {
-                    "part": part, "cell": cell, "way": name, "seconds": each.median,
-                    "rounds": len(each.rounds),
-                    "compile": each.first, "cost": cost.value, "quartiles": cost[1:], "bytes": ways[name].memory,
-                }
-            )  # fmt: skip
-    show(
-        title,
-        ("cell: way", "microseconds", "cost", "temporary MB"),
-        [
-            [f"{row['cell']}: {row['way']}", 1e6 * row["seconds"], f"{row['cost']:.2f}", f"{row['bytes'] / 1e6:.2f}"]
-            for row in rows
-        ],
-    )
-    return rows, {}, []
+        base = times[next(iter(ways))]
+        rows += [row_of(part, cell, name, times[name], base, way) for name, way in ways.items()]
+    return rows
 
 
-def gradients(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any], list[Target]]:
+def show_cells(rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Print costs and memory, a line for each way of each cell."""
+    lines = [
+        [f"{row['cell']}: {row['way']}", 1e6 * row["seconds"], f"{row['cost']:.2f}", f"{row['bytes'] / 1e6:.2f}"]
+        for row in rows
+    ]
+    show(title, ("cell: way", "microseconds", "cost", "temporary MB"), lines)
+
+
+def gradients(config: Config) -> list[dict[str, Any]]:
     """The price of the divergence in a gradient by the parameters, m = 64."""
     cells: dict[str, dict[str, Way]] = {}
-    m, batch = 64, config.exact_batch
-    x = jax.random.normal(jax.random.key(1), (batch, m))
+    batch = config.exact_batch
+    x = jax.random.normal(jax.random.key(1), (batch, GRADIENT_SIZE))
     e = jax.vmap(lambda key: probes.rademacher(key, x[0], 16))(jax.random.split(jax.random.key(3), batch))
     for width in config.widths:
-        params = make_field(width, m)[1]
-        ways = gradient_ways(config, width, m)
+        params = make_field(width, GRADIENT_SIZE)[1]
+        ways = gradient_ways(config, width, GRADIENT_SIZE)
         cells[f"h {width}"] = {name: direct(way, params, x, e) for name, way in ways.items()}
-    title = f"value_and_grad of mean(f^2 + div f) over that of mean(f^2), m = {m}, B = {batch}"
-    return over_first("gradients", cells, config, title, "f")
+    return over_first("gradients", cells, config)
 
 
 def laplacian_ways(config: Config, m: int, found: Mapping[str, Any]) -> dict[str, tuple[One, Any, Array, Any]]:
@@ -954,17 +955,88 @@ def laplacian_ways(config: Config, m: int, found: Mapping[str, Any]) -> dict[str
     return ways
 
 
-def laplacians(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any], list[Target]]:
+def laplacians(config: Config) -> list[dict[str, Any]]:
     """The price of a Laplacian."""
     found = peers()
     cells = {
         f"m {m}": {name: in_a_row(*way) for name, way in laplacian_ways(config, m, found).items()}
         for m in config.laplacian_sizes
     }
-    title = (
-        f"Laplacian of a scalar network over one evaluation of it, h = {min(config.widths)}, B = {config.exact_batch}"
-    )
-    return over_first("laplacians", cells, config, title, "u")
+    return over_first("laplacians", cells, config)
+
+
+def laplacian_targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
+    """What the Laplacians should cost."""
+    costs = {(row["cell"], row["way"]): row["cost"] for row in rows}
+    targets = [
+        Target("laplacian over folx", costs[cell, "laplacian"] / costs[cell, "folx"], high=high, place=cell)
+        for cell, high in (("m 8", 0.95), ("m 64", 0.85))
+        if (cell, "folx") in costs
+    ]
+    if ("m 784", "structured") in costs:
+        targets.append(Target("structured Laplacian over u", costs["m 784", "structured"], high=8.5, place="m 784"))
+    return targets
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+def take_times(config: Config) -> list[dict[str, Any]]:
+    """The rows of all parts that are about time."""
+    return [row for part, function in TIMED.items() if part in config.parts for row in function(config)]
+
+
+def in_processes(config: Config) -> list[list[dict[str, Any]]]:
+    """Those of each process, one after the other."""
+    if config.processes == 1:
+        return [take_times(config)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+        return list(pool.map(take_times, [config] * config.processes))
+
+
+def median_rows(each: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Medians over the processes; ``costs`` and ``quartiles`` have an entry for each."""
+    return [
+        same[0]
+        | {name: float(np.median([row[name] for row in same])) for name in ("seconds", "compile", "cost")}
+        | {"costs": [row["cost"] for row in same], "quartiles": [row["quartiles"] for row in same]}
+        for same in zip(*each, strict=True)
+    ]
+
+
+def report_times(config: Config) -> tuple[list[dict[str, Any]], list[tuple[Target, list[float]]]]:
+    """Take the times, print them; the rows, and every target with what each process found."""
+    each = in_processes(config)
+    rows = median_rows(each)
+    batch = config.exact_batch
+    titles = {
+        "gradients": f"value_and_grad of mean(f^2 + div f) over that of mean(f^2), m = {GRADIENT_SIZE}, B = {batch}",
+        "laplacians": (
+            f"Laplacian of a scalar network over one evaluation of it, h = {min(config.widths)}, B = {batch}"
+        ),
+    }
+
+    def of(part: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [row for row in rows if row["part"] == part]
+
+    targets: list[tuple[Target, list[float]]] = []
+    for part in TIMED:
+        if part not in config.parts:
+            continue
+        if part == "costs":
+            show_costs(of(part, rows))
+        else:
+            show_cells(of(part, rows), titles[part])
+        if part in TARGETS:
+            beside = [TARGETS[part](of(part, mine)) for mine in each]
+            for i, target in enumerate(TARGETS[part](of(part, rows))):
+                targets.append((target, [mine[i].value for mine in beside]))
+    return rows, targets
+
+
+TIMED = {"costs": costs, "gradients": gradients, "laplacians": laplacians}
+TARGETS = {"costs": cost_targets, "laplacians": laplacian_targets}
 
 
 # ----------------------------------------------------------------------------------------------------------- plots
@@ -1117,10 +1189,7 @@ def draw_costs(config: Config, rows: Sequence[dict[str, Any]]) -> Path:
                     y, row["cost"], color="#bbbbbb" if peer else "#009E73" if name == "structured" else "#0072B2"
                 )
                 panel.text(row["cost"], y, f" {row['cost']:.3g}", va="center", fontsize=7)
-            labels = [
-                f"{row['cell']}: {row['way']}" if "cell" in row else f"h {row['width']}, m {row['m']}: {row['way']}"
-                for row in found
-            ]
+            labels = [f"{row['cell']}: {row['way']}" for row in found]
             panel.set_yticks(range(len(found)), labels, fontsize=7)
             panel.invert_yaxis()
             panel.set(xscale="log", xlabel=title)
@@ -1144,46 +1213,41 @@ def main(config: Config) -> dict[str, Any]:
     unknown = set(config.parts) - set(PARTS)
     if unknown or not config.parts:
         raise ValueError(f"parts must be some of {PARTS}, got {config.parts}.")
+    if config.processes < 1:
+        raise ValueError(f"processes must be at least 1, got {config.processes}.")
     # before the first decomposition: with more threads, small ones take up to 30 times as long on a busy machine
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    functions = {"errors": errors, "costs": costs, "gradients": gradients, "laplacians": laplacians}
     rows: list[dict[str, Any]] = []
-    targets: list[Target] = []
+    targets: list[tuple[Target, list[float]]] = []
     more: dict[str, Any] = {}
-    for part in PARTS:
-        if part in config.parts:
-            start = time.perf_counter()
-            new, result, wanted = functions[part](config)
-            runs.say(f"{part}: {time.perf_counter() - start:.0f} s")
-            rows += new
-            targets += wanted
-            more |= result
+    if "errors" in config.parts:
+        rows, more, found = errors(config)
+        targets = [(target, []) for target in found]
+    timed_rows: list[dict[str, Any]] = []
+    if set(config.parts) & set(TIMED):
+        timed_rows, found_times = report_times(config)
+        rows, targets = rows + timed_rows, targets + found_times
     if targets:
-        show(
-            "Targets",
-            ("what", "found", "target", "met"),
-            [
-                [
-                    each.name,
-                    each.value,
-                    " ".join(
-                        f"{sign} {limit:g}"
-                        for sign, limit in ((">=", each.low), ("<=", each.high))
-                        if np.isfinite(limit)
-                    ),
-                    "yes" if each.low <= each.value <= each.high else "NO",
-                ]
-                for each in targets
-            ],
-        )
-    found = {each.name: each.value for each in targets}
-    result = {"targets": [each._asdict() | {"met": bool(each.low <= each.value <= each.high)} for each in targets]}
+        lines = []
+        for target, each in targets:
+            limits = ((">=", target.low), ("<=", target.high))
+            limit = " ".join(f"{sign} {value:g}" for sign, value in limits if np.isfinite(value))
+            met = "yes" if target.low <= target.value <= target.high else "NO"
+            beside = ", ".join(f"{value:.3g}" for value in each)
+            lines.append([target.name, target.place, target.value, limit, met, beside])
+        show("Targets", ("what", "where", "found", "target", "met", "each process"), lines)
+    result = {
+        "targets": [
+            each._asdict() | {"met": bool(each.low <= each.value <= each.high), "processes": values}
+            for each, values in targets
+        ]
+    }
     write("trace_estimators", config, rows, result | more)
     if "errors" in config.parts:
         draw_errors(config, [row for row in rows if row["part"] == "errors"])
-    if set(config.parts) - {"errors"}:
+    if timed_rows:
         draw_costs(config, rows)
-    return found
+    return {f"{each.name} ({each.place})" if each.place else each.name: each.value for each, _ in targets}
 
 
 if __name__ == "__main__":

@@ -308,7 +308,7 @@ def likelihood(
     t_data: float | Array,
     t_base: float | Array,
     key: Array | None = None,
-    num_probes: int = 16,
+    num_probes: int | None = None,
     probes: Array | None = None,
     log_base: Callable[[Array], Array] = standard_normal,
     in_solve: bool = False,
@@ -350,7 +350,7 @@ def likelihood(
         key: a typed key, for random probes where they pay: with 16 dimensions or fewer, and with no more dimensions
             than ``num_probes``, the divergence is taken exactly all the same. So it is where the velocity has its own,
             unless probes in a space of the velocity's take at most half the multiplications.
-        num_probes: of each node with a ``key``: a power of two, at least 2.
+        num_probes: of each node with a ``key``: a power of two, at least 2; by default 16.
         probes: independent random vectors ``[num, *event]``, num at least 2. With fewer than about 16 probes the
             standard error itself is uncertain: its distribution is Student's.
         log_base: as in ``log_prob``.
@@ -361,7 +361,8 @@ def likelihood(
         clock: as in ``log_prob``.
         rtol: relative tolerance of the reported solve.
         atol: absolute tolerance of the reported solve.
-        stepsize_controller: as in ``solvers.odeint``: ``PIDController`` or ``ConstantStepSize``.
+        stepsize_controller: as in ``solvers.odeint``: ``PIDController``, whose tolerances are then those of the solve
+            and of the quadrature, or ``ConstantStepSize``, with which ``rtol`` and ``atol`` are the quadrature's.
         dt0: as in ``solvers.odeint``; at nodes the hundredth of the interval that is the default is one of ``clock``.
         throw: raise when a solve fails, if that can be known now.
         **options: ``solver``, ``adjoint``, ``max_steps``, as in ``solvers.odeint``.
@@ -371,7 +372,8 @@ def likelihood(
 
     Raises:
         ValueError: for a single probe, which has no standard error; for a key and probes both, or a key with
-            ``in_solve``; for numbers of probes or nodes that cannot be; and as ``log_prob``.
+            ``in_solve``; for ``num_probes`` without a key; for numbers of probes or nodes that cannot be; and as
+            ``log_prob``.
         TypeError: where ``x`` is not floats, ``key`` not a typed key, or an argument none of these.
         solvers.SolveError: where a solve fails and nothing is being transformed.
 
@@ -389,6 +391,9 @@ def likelihood(
             raise ValueError(
                 "probes holds a single probe, which has no standard error: pass num=2 or more, such as 16."
             )
+    if num_probes is not None and key is None:
+        raise ValueError("num_probes is for probes drawn here: pass a key with it, such as key=jax.random.key(0).")
+    rtol, atol = solvers.tolerances(stepsize_controller, rtol, atol)
     solve = _Solve(
         velocity,
         x,
@@ -403,10 +408,11 @@ def likelihood(
         return _likelihood_in_solve(solve, args, probes)
     if key is not None:
         _checks.typed_key(key)
-        if _checks.positive_integer("num_probes", num_probes, 2) & (num_probes - 1):
-            raise ValueError(f"num_probes must be a power of two, at least 2, got {num_probes}.")
+    num = 16 if num_probes is None else _checks.positive_integer("num_probes", num_probes, 2)
+    if num & (num - 1):
+        raise ValueError(f"num_probes must be a power of two, at least 2, got {num_probes}.")
     with jax.default_matmul_precision("highest"):
-        return _likelihood_at_nodes(solve, args, probes, key, num_probes, max_nodes, clock, t_data, t_base)
+        return _likelihood_at_nodes(solve, args, probes, key, num, max_nodes, clock, t_data, t_base)
 
 
 _FEW_DIMENSIONS = 16  # in which an exact divergence costs no more than a good stochastic one

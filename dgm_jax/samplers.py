@@ -647,12 +647,14 @@ def prediction_errors(
         The error ``[]``, in units of the data squared, by kind.
 
     Raises:
-        ValueError: shapes that differ, or a t that is not one time.
+        ValueError: shapes that differ, or a t that is not one time between 0 and 1.
         TypeError: arrays not of floats or of two dtypes.
 
     Source: Bishop (2006), "Pattern Recognition and Machine Learning", section 1.5.5: the mean is the best prediction.
     """
     x0, noise = agree("x0", x0, "noise", noise)
+    if concrete(t) and np.ndim(t) == 0 and not 0.0 < float(t) < 1.0:
+        raise ValueError(f"t must lie between 0 and 1, where x_t has both signal and noise, got {t}: try 0.5.")
     t = one_time(t, x0.dtype)
     x = schedules.alpha(schedule, t) * x0 + schedules.sigma(schedule, t) * noise
     with jax.default_matmul_precision("highest"):

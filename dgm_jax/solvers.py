@@ -42,6 +42,7 @@ __all__ = [
     "sdeint",
     "solve_ode",
     "solve_sde",
+    "tolerances",
     "uniformization",
 ]
 
@@ -555,6 +556,15 @@ def adaptive_steps(
     )
 
 
+def tolerances(
+    stepsize_controller: diffrax.AbstractStepSizeController | None, rtol: float | Array, atol: float | Array
+) -> tuple[float | Array, float | Array]:
+    """The tolerances ``(rtol, atol)`` in force: those of a ``PIDController``, else those given."""
+    if isinstance(stepsize_controller, diffrax.PIDController):
+        return cast(Any, stepsize_controller.rtol), cast(Any, stepsize_controller.atol)
+    return rtol, atol
+
+
 def loosen(
     stepsize_controller: diffrax.AbstractStepSizeController | None,
     rtol: float | Array,
@@ -579,7 +589,7 @@ def loosen(
             raise ValueError("dt0 is None: ConstantStepSize needs the size of its steps.")
         return {"stepsize_controller": stepsize_controller, "rtol": 0.0, "atol": 0.0, "dt0": 2 * dt0}
     if isinstance(stepsize_controller, diffrax.PIDController):
-        rtol, atol = cast(Any, stepsize_controller.rtol), cast(Any, stepsize_controller.atol)
+        rtol, atol = tolerances(stepsize_controller, rtol, atol)
         stepsize_controller = dataclasses.replace(stepsize_controller, rtol=rtol * factor, atol=atol * factor)
     elif stepsize_controller is not None:
         raise ValueError(

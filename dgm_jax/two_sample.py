@@ -43,8 +43,9 @@ def random_features(key: Array, z: Array, labels: Array, *, num: int = 128) -> C
     f(z) = a^T (phi(z) - mean of phi),    phi(z) = ((z - mean) / h, sqrt(2 / num) cos(w_j^T z + b_j)),
     w_j ~ N(0, 4^u_j / h^2 I),
 
-    h the median distance, u_j uniform from 0 to 3, so that both the whole and its details are seen; the penalty is the
-    one, of nine, with the least squared error when each example is predicted from the others (in closed form, too).
+    h the median distance, or the mean one where most examples are equal, u_j uniform from 0 to 3, so that both the
+    whole and its details are seen; the penalty is the one, of nine, with the least squared error when each example is
+    predicted from the others (in closed form, too).
 
     Args:
         key: a typed key.
@@ -62,7 +63,8 @@ def random_features(key: Array, z: Array, labels: Array, *, num: int = 128) -> C
     num, (n, d) = at_least("num", num, 1), z.shape
     pairs = z - z[jax.random.permutation(key_pairs, n)]
     distances = jnp.sqrt(jnp.sum(pairs**2, axis=1))
-    length = jnp.maximum(jnp.median(distances), jnp.finfo(z.dtype).tiny)
+    median, mean = jnp.median(distances), jnp.mean(distances)
+    length = jnp.where(median > 0, median, jnp.where(mean > 0, mean, 1.0))
     center = jnp.mean(z, axis=0)
     scales = 2 ** jax.random.uniform(key_scale, (num, 1), z.dtype, 0.0, _OCTAVES)
     waves = scales * jax.random.normal(key_wave, (num, d), z.dtype)

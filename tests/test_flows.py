@@ -215,6 +215,38 @@ def test_two_sigma_intervals_cover_the_truth():
     assert abs(float(error.mean())) < 4 * float(error.std()) / 20
 
 
+def test_probes_in_the_solve_give_their_mean_and_its_error():
+    """Of a linear field each probe makes e^T A e, times the time: all in closed form."""
+    e = probes.rademacher(jax.random.key(1), X, 5)
+    found = flows.likelihood(linear, X, A, probes=e, in_solve=True, **TIGHT)
+    each = jnp.einsum("ki,ij,kj->k", e, A, e)
+    exact = exact_log_prob(A, X) - jnp.trace(A) + jnp.mean(each)  # from t = 0 to 1
+    assert_trees_all_close(found.log_prob, exact, atol=1e-8)
+    assert_trees_all_close(found.stderr, jnp.std(each, ddof=1) / np.sqrt(5), rtol=1e-7)
+    assert_trees_all_close(found.num_divergences, found.nfe)
+
+
+@pytest.mark.parametrize("dim", [16, 24])
+def test_a_key_is_used_only_where_probes_pay(dim):
+    """Up to 16 dimensions, and up to as many as probes, the divergence is exact all the same."""
+    a = jax.random.normal(jax.random.key(1), (dim, dim)) / dim
+    solve = functools.partial(flows.likelihood, linear, jnp.ones(dim), a, key=jax.random.key(0), **TIMES)
+    few, many = solve(num_probes=4), solve(num_probes=32)
+    assert (float(few.stderr) > 0) == (dim > 16)
+    assert float(many.stderr) == 0
+    assert_trees_all_close(many.log_prob, exact_log_prob(a, jnp.ones(dim)), atol=1e-4)
+
+
+def test_the_tolerances_of_a_controller_are_those_of_the_quadrature_too():
+    asked = {"rtol": 1e-9, "atol": 1e-9}
+    x, times = jnp.ones(3), {"t_data": 0.0, "t_base": 1.0}
+    by_hand = flows.likelihood(curved, x, A, stepsize_controller=diffrax.PIDController(**asked), **times)
+    plain, loose = flows.likelihood(curved, x, A, **asked, **times), flows.likelihood(curved, x, A, **times)
+    assert by_hand.num_divergences == plain.num_divergences > loose.num_divergences
+    assert_trees_all_close(by_hand.log_prob, plain.log_prob, atol=1e-9)
+    assert float(by_hand.quadrature_error) < 1e-8
+
+
 def test_solver_error_is_reported_for_equal_steps_too():
     steps = {"stepsize_controller": diffrax.ConstantStepSize(), "dt0": 0.1, "solver": diffrax.Heun()}
     found = flows.likelihood(linear, X, A, **steps, **TIMES)
@@ -235,6 +267,9 @@ def test_log_prob_of_a_point_does_not_depend_on_its_batch():
     alone = flows.log_prob(velocity, x[0], **options)
     assert_trees_all_close(per_example(x)[0], per_example(far)[0], rtol=1e-13)
     assert_trees_all_close(per_example(x)[0], alone, rtol=1e-12)
+    at_nodes = jax.jit(jax.vmap(lambda x: flows.likelihood(velocity, x, **options)))
+    assert_trees_all_close(at_nodes(x).log_prob[0], at_nodes(far).log_prob[0], rtol=1e-12)
+    assert_trees_all_close(at_nodes(x).error[0], flows.likelihood(velocity, x[0], **options).error, rtol=1e-9)
     shared = jax.jit(lambda x: flows.log_prob_batch(velocity, x, **options))
     assert abs(float(shared(x)[0] - shared(far)[0])) > 1e-6
 
@@ -431,7 +466,8 @@ def test_intervals_of_probes_in_the_hidden_space_cover_the_truth():
     x = jax.random.normal(jax.random.key(1), (400, 24))
 
     def solve(x, key):
-        return [flows.likelihood(field, x, params, key=k, num_probes=4, **TIMES) for k in (key, None)]
+        ways = {"key": key, "num_probes": 4}, {}
+        return [flows.likelihood(field, x, params, **way, **TIMES) for way in ways]
 
     found, exact = jax.jit(jax.vmap(solve))(x, jax.random.split(jax.random.key(2), 400))
     error = found.log_prob - exact.log_prob
@@ -650,6 +686,7 @@ def test_equal_times(function):
         (flows.likelihood, {"clock": lambda t: jnp.sin(3 * t)}, ValueError, "clock must be monotone"),
         (flows.likelihood, {"clock": lambda t: jnp.stack([t, t])}, ValueError, "clock returned shape"),
         (flows.likelihood, {"key": jax.random.key(0), "num_probes": 10}, ValueError, "power of two.*got 10"),
+        (flows.likelihood, {"num_probes": 4}, ValueError, "num_probes is for probes drawn here: pass a key"),
         (flows.likelihood, {"key": jax.random.PRNGKey(0)}, TypeError, "typed key"),
         (flows.log_prob, {"rule": quadrature.gauss_legendre}, TypeError, "rule must be a quadrature.Quadrature"),
         (flows.log_prob, {"clock": jnp.exp}, ValueError, "clock was given without a rule"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from dgm_jax import flows, quadrature, regularizers
+from dgm_jax import flows, networks, quadrature, regularizers
 
 A = np.asarray([[0.3, -0.9, 0.2], [0.7, -0.4, 0.5], [-0.1, 0.6, 0.8]])
 X = jnp.asarray([0.4, -1.1, 0.7])
@@ -78,6 +78,30 @@ def test_total_derivatives(order):
         wanted = jax.grad(wanted)
     got = regularizers.total_derivative(lambda t, x, _: jnp.cos(t) * x, order)(t, path(t), None)
     np.testing.assert_allclose(got, wanted(t), rtol=1e-12)
+
+
+def test_total_derivatives_of_a_network_cost_few_evaluations():
+    """The same numbers as by Taylor series, and of the operations no more than the docstring says."""
+    taylor = pytest.importorskip("jax.experimental.jet")
+    net = networks.MLP((32, 32), jnp.tanh, last_init=jax.nn.initializers.lecun_normal(), param_dtype=float)
+    t, x = jnp.asarray(0.3), jnp.asarray([0.4, -1.1, 0.7, 0.2, -0.5])
+    params, velocity = net.init(jax.random.key(0), t, x), networks.vector_field(net)
+
+    def by_series(t, x, params, order):
+        derivatives = [velocity(t, x, params)]
+        for k in range(1, order):
+            clock = [jnp.ones_like(t)] + [jnp.zeros_like(t)] * (k - 1)
+            first, rest = taylor.jet(lambda t, x: velocity(t, x, params), (t, x), (clock, derivatives))
+            derivatives = [first, *rest]
+        return derivatives[-1]
+
+    def operations(field):
+        return jax.jit(field).lower(t, x, params).compile().cost_analysis()["flops"]
+
+    for order, most in ((2, 2.1), (3, 3.3), (4, 4.7)):
+        derivative = regularizers.total_derivative(velocity, order)
+        np.testing.assert_allclose(derivative(t, x, params), by_series(t, x, params, order), rtol=1e-10)
+        assert operations(derivative) < most * operations(velocity)
 
 
 def test_path_integral_of_energy_and_acceleration():

@@ -601,3 +601,5 @@ def test_bad_arguments():
         jax.jit(lambda chain: samplers.log_snr(ddpm.as_schedule(chain), 4))(chain)
     with pytest.raises(ValueError, match=r"noise has shape \(3,\) and x0 \(2,\)"):
         samplers.prediction_errors(same, vp, 0.5, x, jnp.ones(3))
+    with pytest.raises(ValueError, match=r"t must lie between 0 and 1, .*got 0\.0"):
+        samplers.prediction_errors(same, vp, 0.0, x, x)

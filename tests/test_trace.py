@@ -427,7 +427,10 @@ def test_the_value_is_a_mean_and_the_error_of_one_probe_is_infinite():
     e = jnp.ones((7, M))
     np.testing.assert_allclose(trace.hutchinson(lambda e: 2 * e, e).value, 2 * M)
     assert trace.hutchinson(lambda e: 2 * e, e[:1]).stderr == np.inf
-    assert trace.hutch_pp(lambda e: 2 * e, e[:2]).stderr == np.inf
+    pair = jnp.ones((2, M)).at[1, 3].set(-1)
+    least = trace.hutch_pp(lambda e: 2 * e, pair)  # 2 along the first, and 2 |P e|^2 of the other across it
+    assert least.stderr == np.inf
+    np.testing.assert_allclose(least.value, 2 + 2 * (M - (M - 2) ** 2 / M))
 
 
 @pytest.mark.parametrize("name", [name for name in ESTIMATORS if "normalized" not in name])

@@ -7,6 +7,7 @@ The script is about float32 but for its errors, and so each test leaves the floa
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 TINY = {"products": (6,), "field_products": (4,), "draws": 64, "pilots": 2, "dimension": 12, "field_widths": ()}
 SMALL = {"widths": (8,), "sizes": (4,), "batches": (2,), "exact_batch": 2, "laplacian_sizes": (3, 16), "repeats": 1}
+SMALL |= {"processes": 1}
 
 
 @pytest.fixture
@@ -59,6 +61,8 @@ def test_graph_counts_triangles(script, tmp_path):
         columns = jax.vmap(lambda e: each.apply(jax.tree.map(lambda leaf: leaf[0], each.data), e))(jnp.eye(each.m))
     assert each.m == 4
     assert each.truth[0] == 12 == np.trace(columns)
+    (tmp_path / "first.txt").write_text("1 3\n1 2\n2 3\n3 4\n")  # its first edge looks like a head: 1 node, 3 edges
+    assert script.graph_map(str(tmp_path / "first.txt")).truth[0] == 6
     (tmp_path / "none.txt").write_text("# nothing\n")
     with pytest.raises(ValueError, match="has no edges"):
         script.graph_map(str(tmp_path / "none.txt"))
@@ -168,6 +172,38 @@ def test_main_of_costs(script, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "Time over one evaluation of f" in out
     assert "Laplacian of a scalar network" in out
+
+
+def test_medians_over_processes(script):
+    rows = [
+        {"part": "costs", "cell": "h 64, m 64, B 64", "width": 64, "m": 64, "batch": 64, "way": way, "bytes": 8}
+        | {"seconds": 1.0, "compile": 2.0, "rounds": 3, "cost": cost, "quartiles": (cost, cost)}
+        for way, cost in (("f", 1.0), ("1 probe", 2.0), ("1 probe, traceax", 1.5))
+    ]
+    slow = [row | {"cost": 2 * row["cost"], "seconds": 5.0} for row in rows]
+    merged = script.median_rows([rows, slow, rows])
+    assert [row["cost"] for row in merged] == [1.0, 2.0, 1.5]
+    assert merged[1]["costs"] == [2.0, 4.0, 2.0]
+    assert merged[1]["seconds"] == 1.0
+    targets = {target.name: target for target in script.cost_targets(slow)}
+    assert targets["1 probe over f, worst"].value == 4.0
+    assert targets["1 probe over f, worst"].place == "h 64, m 64, B 64"
+    assert targets["1 probe over the faster of traceax and matfree, worst"].value == pytest.approx(4 / 3)
+
+
+@pytest.mark.slow
+def test_times_of_two_processes(script, tmp_path, capsys):
+    """Both processes begin anew and are in the file; the target has what each of them found."""
+    config = script.Config(out=str(tmp_path), parts=("laplacians",), target_seconds=1e-4, seconds=0.01)
+    script.main(replace(config, **(SMALL | {"laplacian_sizes": (784,), "processes": 2})))
+    left = json.loads((tmp_path / "trace_estimators.json").read_text())
+    assert all(len(row["costs"]) == len(row["quartiles"]) == 2 for row in left["rows"])
+    (target,) = [each for each in left["result"]["targets"] if each["place"] == "m 784"]
+    assert len(target["processes"]) == 2
+    assert target["value"] == pytest.approx(np.median(target["processes"]))
+    assert len(set(target["processes"])) == 2
+    with pytest.raises(ValueError, match="processes must be at least 1"):
+        script.main(script.Config(processes=0))
 
 
 def test_unknown_part(script):

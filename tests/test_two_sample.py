@@ -250,3 +250,14 @@ def test_constant_samples_are_chance():
     (accuracy, error), p_value = jax.jit(two_sample.classifier_test)(jax.random.key(0), x, x)
     assert (accuracy, p_value) == (0.5, 1.0)
     assert 0 < error < 0.1
+
+
+def test_samples_of_which_most_are_equal():
+    """Their median distance is zero; what tells them apart is in the few."""
+    x = jnp.concatenate([jnp.zeros((60, 1)), jnp.ones((12, 1))])
+    (accuracy, error), p_value = jax.jit(two_sample.classifier_test)(jax.random.key(0), x, x)
+    assert abs(float(accuracy) - 0.5) < 4 * float(error) < 0.4
+    assert float(p_value) > 1e-3
+    y = jnp.concatenate([jnp.zeros((60, 1)), -jnp.ones((12, 1))])
+    (accuracy, error), _ = jax.jit(two_sample.classifier_test)(jax.random.key(0), x, y)
+    assert float(accuracy) > 0.5 + float(error)

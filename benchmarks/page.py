@@ -8,8 +8,9 @@ The page holds the tables that the benchmarks printed, the machine that they ran
 
 import ast
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 
@@ -21,18 +22,34 @@ class Section(NamedTuple):
         name: of its script.
         target: what it should reach, in words.
         tables: beginnings of the titles of the tables to show; all where there are none.
+        side_by_side: what stands before the colon in the titles of tables that become columns of one.
+        shortened: (beginning of a title, end of the first cells of the lines to show, what to say of them).
     """
 
     name: str
     target: str
     tables: tuple[str, ...] = ()
+    side_by_side: str = ""
+    shortened: tuple[tuple[str, str, str], ...] = ()
 
 
 SECTIONS = (
     Section(
         "trace_estimators",
         "stands beside what was found, in the last table",
-        ("Targets", "trace.choose", "Time over one evaluation of f", "Two-sigma", "value_and_grad", "Laplacian"),
+        (
+            "Relative error",
+            "trace.choose",
+            "Two-sigma",
+            "Time over one evaluation of f",
+            "Temporary memory",
+            "Other networks",
+            "value_and_grad",
+            "Laplacian",
+            "Targets",
+        ),
+        side_by_side="Relative error, root mean square, after so many products",
+        shortened=(("Temporary memory", ", 64", "B = 64"),),
     ),
     Section(
         "likelihood",
@@ -92,6 +109,39 @@ def markdown(table: dict) -> str:
     return f"**{table['title']}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def side_by_side(tables: Sequence[dict], name: str) -> list[dict]:
+    """Tables "<name>: a", "<name>: b", ... that have the same columns as one with the columns a, b, ..., each cell with
+    the numbers of a line; what others there are, as they are."""
+    found: dict[Any, dict] = {}
+    for table in tables:
+        start, _, column = table["title"].partition(": ")
+        if start != name:
+            found[len(found)] = table
+            continue
+        label, *numbers = table["header"]
+        title = f"{name} ({' / '.join(numbers)})"
+        one = found.setdefault(tuple(numbers), {"title": title, "header": [label], "rows": []})
+        lines = {line[0]: line for line in one["rows"]}
+        for way, *values in table["rows"]:
+            if way not in lines:
+                lines[way] = [way, *["-"] * (len(one["header"]) - 1)]
+                one["rows"].append(lines[way])
+            lines[way].append(" / ".join(values))
+        one["header"].append(column)
+        for line in one["rows"]:
+            line += ["-"] * (len(one["header"]) - len(line))
+    return list(found.values())
+
+
+def shorten(table: dict, shortened: Sequence[tuple[str, str, str]]) -> dict:
+    """The lines to show of a table; the others are in the JSON."""
+    for start, end, note in shortened:
+        if table["title"].startswith(start):
+            rows = [line for line in table["rows"] if line[0].endswith(end)]
+            return table | {"title": f"{table['title']} ({note}; the JSON has all)", "rows": rows}
+    return table
+
+
 def section(one: Section, results: Path) -> str:
     """The question, the command, the target, and what was found where there is a result."""
     parts = [f"## `{one.name}.py`\n\n{question(one.name)}\n", f"    python benchmarks/{one.name}.py\n"]
@@ -103,9 +153,9 @@ def section(one: Section, results: Path) -> str:
         record = json.loads(path.read_text(encoding="utf-8"))
         machine = record["machine"]
         parts.append(f"Run on: {machine['device']}, {machine['cores']} cores, jax {machine['jax']}.\n")
-        for table in record["tables"]:
+        for table in side_by_side(record["tables"], one.side_by_side):
             if not one.tables or table["title"].startswith(one.tables):
-                parts.append(markdown(table))
+                parts.append(markdown(shorten(table, one.shortened)))
     parts += [f"![{each.stem}]({results.name}/{each.name})\n" for each in sorted(results.glob(f"{one.name}*.png"))]
     return "\n".join(parts)
 

@@ -4,23 +4,34 @@
     python benchmarks/trace_estimators.py
     python benchmarks/trace_estimators.py --parts errors --graph edges.txt      # and the triangles of a graph
 
-Four parts, each of which ``--parts`` can name:
+Five parts, each of which ``--parts`` can name:
 
 errors      Relative error, root mean square over draws (and examples: over the root mean square of their traces),
             against the number of products, in float64. Maps: five spectra in a random basis of 200 dimensions (flat,
-            linear, i^-2, 0.7^i, a step); Jacobians dv/dx of tanh networks on the 8 x 8 digits, at the start and after
-            flow matching, at random t and x_t of test digits; with ``--graph``, the cube of an adjacency matrix, whose
-            trace is six times the number of triangles. Groups of coordinates, and the basis into which Rademacher
-            probes are turned, are learnt from Jacobians at other digits than those tested. Every draw of
-            ``trace.choose`` has pilots of its own, max(4, products / 2) of them, at one example, which are not counted:
-            its estimator serves for all the examples. Beside it: how often a two-sigma interval holds the trace.
+            linear, i^-2, 0.7^i, a step); Jacobians dv/dx of tanh networks on the 8 x 8 digits, at random t: at the
+            start and after flow matching ("trained") at x_t of test digits, and after maximum likelihood ("CNF") where
+            the flow itself takes them; the cube of the adjacency matrix of a graph, whose trace is six times the number
+            of triangles: an Apollonian network, of n nodes and 3 n - 8 triangles, and with ``--graph`` a file's.
+            Some know a map near the one tested: the mean Jacobian at other digits; for a spectrum, the matrix with 5
+            per cent of noise. Into its eigenvectors probes are turned ("rotated", of Rademacher and Hadamard probes),
+            those of its largest eigenvalues are deflated, for a third of the products, and it is the control variate.
+            Groups of coordinates are learnt from Jacobians at other digits, as many as there are products.
+            Every draw of ``trace.choose`` has pilots of its own, max(8, products / 2) of them, at one example, which
+            are not counted: its estimator serves for all the examples. It gets the groups and the basis of the
+            Jacobians, and is compared with the best of all of ours there, and elsewhere of all that know no map near;
+            half of the draws say which is the best, and the others how good. Beside it: how often a two-sigma interval
+            holds the trace.
 costs       Time over one evaluation of the field f, float32: a tanh network of two hidden layers of h units, v(t, x),
             m dimensions, a batch of B. One probe, 16 probes, the exact trace by products, and the one that a field of
             ``networks.vector_field`` offers, its tables being made once, before. Every way returns f(x) too, and every
             evaluation is one of several in a row inside one compiled loop, as in a solve, with nothing carried over.
             The examples of a batch have probes of their own; "shared" says that they all have the same, and "forward"
-            that the products are J e instead of e^T J, as a caller may choose. The figure is the median over the
-            rounds of the ratio within a round.
+            that the products are J e, as a caller may choose. The exact trace beside those of whole Jacobians, by
+            ``jax.jacfwd`` and by products e^T J of all unit vectors at once. Left out are exact traces of more than
+            6e10 multiplications between the hidden layers, m B h^2, which take seconds each, and Jacobians of more than
+            4e7 numbers, m^2 B. The figure is the median over the rounds of the ratio within a round.
+networks    The same for other networks, each over its own f, at B = 64: three hidden layers of h units by 16 probes, by
+            16 probes in the hidden space and exactly; ``networks.HollowNet`` and ``networks.OTFlow`` exactly.
 gradients   value_and_grad by the parameters of mean(f^2 + div f), over that of mean(f^2) alone. The field's own
             divergence makes its tables anew.
 laplacians  Of a scalar network u(t, x), over one evaluation of u.
@@ -32,7 +43,7 @@ matfree's draws are ours. Laplacians: folx.
 
 All times are taken in three processes, one after the other, and the medians over them count.
 
-Targets stand beside what was found in the last table, with what each process found. About fifteen minutes on two CPU
+Targets stand beside what was found in the last table, with what each process found. About half an hour on two CPU
 cores that others use too; fewer of --widths, --sizes, --batches and --processes make it shorter.
 """
 
@@ -44,7 +55,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,15 +66,17 @@ import numpy as np
 import optax
 from _timing import Ratio, Seconds, measure, show, write
 
-from dgm_jax import datasets, divergence, networks, probes, runs, trace, training
+from dgm_jax import datasets, divergence, flows, networks, probes, quadrature, runs, solvers, trace, training
 from dgm_jax.types import Array, VectorField
 
-PARTS = ("errors", "costs", "gradients", "laplacians")
+PARTS = ("errors", "costs", "networks", "gradients", "laplacians")
 PROBES = ("rademacher", "gaussian", "sphere", "orthogonal", "hadamard")
-LEARNT = ("groups", "rotated")
-"""Those that know other maps of the kind."""
+LEARNT = ("groups", "rotated", "rotated hadamard", "deflated", "control_variate")
+"""Those that know other maps of the kind, or one near."""
 GRADIENT_SIZE = 64  # m of the gradients
-CHOOSES = ("hadamard", "hutch_pp", "xtrace", "xnystrace")
+MOST_MULTIPLICATIONS, MOST_NUMBERS = 6e10, 4e7  # of an exact trace, of all the Jacobians of a batch
+CHOICES = {"hutchinson": "hadamard", "grouped": "groups", "rotated": "rotated hadamard"}
+"""What we call a choice, where that is another name."""
 PEERS = {
     "traceax Hutchinson": "rademacher",
     "traceax Hutch++": "hutch_pp",
@@ -76,7 +89,8 @@ ONE_BY_ONE = ("xtrace", "xnystrace", "traceax XNysTrace", "traceax XTrace", "mat
 """Draws of these follow each other: on a CPU, batches of independent decompositions, run at once, can stand still."""
 COLORS = {
     "rademacher": "#0072B2", "gaussian": "#56B4E9", "sphere": "#999999", "orthogonal": "#8C6D31",
-    "hadamard": "#CC79A7", "groups": "#000000", "rotated": "#666600", "hutch_pp": "#E69F00", "na_hutch_pp": "#F0E442",
+    "hadamard": "#CC79A7", "groups": "#000000", "rotated": "#666600", "rotated hadamard": "#A0A000",
+    "deflated": "#8855BB", "control_variate": "#BB88EE", "hutch_pp": "#E69F00", "na_hutch_pp": "#F0E442",
     "xtrace": "#009E73", "xnystrace": "#D55E00", "choose": "#7F0000",
 }  # fmt: skip
 
@@ -88,21 +102,23 @@ class Config:
     out: str = "runs/benchmarks"
     """Folder of the results."""
     parts: tuple[str, ...] = PARTS
-    """Which of errors, costs, gradients and laplacians."""
+    """Which of errors, costs, networks, gradients and laplacians."""
     graph: str | None = None
     """A file with one edge a line, two node numbers first, below a line with the numbers of nodes and edges or none:
     its triangles are counted too."""
+    generations: int = 6
+    """Of the Apollonian network, whose triangles are counted: 367 nodes; 0 for none."""
     dimension: int = 200
     """Of the known spectra."""
     products: tuple[int, ...] = (6, 24, 96)
     """Numbers of products on the known spectra and the graph, multiples of 6 that the peers can use up."""
-    field_products: tuple[int, ...] = (4, 8, 16, 32)
-    """Numbers of products on the Jacobians, below their 64 dimensions."""
+    field_products: tuple[int, ...] = (2, 4, 8, 16, 32)
+    """Numbers of products on the Jacobians, below their 64 dimensions; the Hutch++ of traceax uses multiples of 3."""
     draws: int = 384
     """Draws of the probes: on one known spectrum, and over all examples of a field."""
-    graph_draws: int = 64
+    graph_draws: int = 256
     """Draws of the probes on the graph."""
-    pilots: int = 6
+    pilots: int = 24
     """Draws of the pilots of ``trace.choose``."""
     examples: int = 64
     """Test digits whose Jacobians are looked at; eight times as many training digits teach the groups."""
@@ -110,14 +126,18 @@ class Config:
     """Units of each of the two hidden layers of the trained fields."""
     train_steps: int = 4000
     """Training steps of the narrowest field; the others get fewer, by their widths, but a quarter at least."""
+    cnf_steps: int = 300
+    """The same by maximum likelihood, 64 digits each."""
     widths: tuple[int, ...] = (64, 512)
     """h of the costs."""
     sizes: tuple[int, ...] = (2, 64, 784, 3072)
     """m of the costs."""
     batches: tuple[int, ...] = (1, 64, 512)
     """B of the costs."""
-    exact_batch: int = 64
-    """The batch at which the exact trace is timed, up to m = 784; that of the gradients and Laplacians too."""
+    other_batch: int = 64
+    """B of the other networks, the gradients and the Laplacians."""
+    other_sizes: tuple[int, ...] = (64, 784, 3072)
+    """m of the other networks."""
     laplacian_sizes: tuple[int, ...] = (8, 64, 784)
     """m of the Laplacians, at the smallest h."""
     target_seconds: float = 0.003
@@ -155,6 +175,18 @@ def peers() -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- errors
 
 
+class Near(NamedTuple):
+    """A known map near others.
+
+    Attributes:
+        matrix: ``[m, m]``.
+        basis: eigenvectors of its symmetric part as columns, largest eigenvalues first ``[m, m]``.
+    """
+
+    matrix: Array
+    basis: Array
+
+
 class Map(NamedTuple):
     """Linear maps, alike but for their numbers.
 
@@ -166,7 +198,7 @@ class Map(NamedTuple):
         truth: the traces ``[examples]``.
         positive: whether they are symmetric and positive semidefinite.
         groups: number of groups -> the group of each coordinate; where they could be learnt.
-        basis: eigenvectors of the mean symmetric part of other maps of the kind, ``[m, m]``; where there are others.
+        near: a map near them, where one is known.
         one_by_one: whether the draws follow each other, to save memory.
     """
 
@@ -177,8 +209,14 @@ class Map(NamedTuple):
     truth: np.ndarray
     positive: bool = False
     groups: Mapping[int, np.ndarray] | None = None
-    basis: Array | None = None
+    near: Near | None = None
     one_by_one: bool = False
+
+
+def near(matrix: np.ndarray) -> Near:
+    """The map and its eigenvectors."""
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    return Near(jnp.asarray(matrix), jnp.asarray(vectors[:, np.argsort(-np.abs(values))]))
 
 
 def product(a: Array, e: Array) -> Array:
@@ -196,11 +234,16 @@ def spectra(m: int) -> list[Map]:
         "0.7^i": 0.7**i,
         "step": np.where(i < m // 4, 1.0, 1e-3),
     }
-    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(m, m)))[0]
+    generator = np.random.default_rng(0)
+    basis = np.linalg.qr(generator.normal(size=(m, m)))[0]
+    noise = generator.normal(size=(m, m))
+    noise = (noise + noise.T) / np.linalg.norm(noise + noise.T)
     maps = []
     for name, values in families.items():
         a = (basis * values) @ basis.T
-        maps.append(Map(name, product, jnp.asarray((a + a.T) / 2)[None], m, values.sum()[None], positive=True))
+        known = near(a + 0.05 * np.linalg.norm(values) * noise)
+        data = jnp.asarray((a + a.T) / 2)[None]
+        maps.append(Map(name, product, data, m, values.sum()[None], positive=True, near=known))
     return maps
 
 
@@ -227,10 +270,23 @@ def path(key: Array, rows: Array) -> tuple[Array, Array, Array]:
     return t, (1 - t[:, None]) * rows + t[:, None] * z, z - rows
 
 
-def train(field: VectorField, params: Any, data: Array, num_steps: int) -> Any:
-    """Parameters after flow matching, E|v(t, x_t) - (z - x)|^2."""
+def along(field: VectorField, params: Any, key: Array, rows: Array) -> tuple[Array, Array]:
+    """t uniform, and where the flow has taken every row from time 0 to t."""
+    t = jax.random.uniform(key, rows.shape[:1])
+    return t, jax.vmap(lambda t, x: solvers.odeint(field, x, params, t0=0.0, t1=t, throw=False))(t, rows)
+
+
+def train(field: VectorField, params: Any, data: Array, num_steps: int, *, likelihood: bool = False) -> Any:
+    """Parameters after flow matching, E|v(t, x_t) - (z - x)|^2, or after maximum likelihood, data at 0, in nats a
+    dimension."""
+    rule, size = quadrature.gauss_legendre(8), 64 if likelihood else 256
+
+    def log_prob(x: Array, params: Any) -> Array:
+        return flows.log_prob(field, x, params, t_data=0.0, t_base=1.0, rule=rule, rtol=1e-3, atol=1e-3, throw=False)
 
     def loss(params: Any, key: Array, rows: Array) -> Array:
+        if likelihood:
+            return -jnp.mean(jax.vmap(log_prob, (0, None))(rows, params)) / rows.shape[1]
         t, x, velocity = path(key, rows)
         return jnp.mean((jax.vmap(field, (0, 0, None))(t, x, params) - velocity) ** 2)
 
@@ -240,7 +296,7 @@ def train(field: VectorField, params: Any, data: Array, num_steps: int) -> Any:
     def scan(params: Any) -> tuple[Any, Array]:
         def step(carry: Any, n: Array) -> tuple[Any, Array]:
             params, state = carry
-            rows = data[training.batch_indices(jax.random.key(2), n, len(data), 256)]
+            rows = data[training.batch_indices(jax.random.key(2), n, len(data), size)]
             value, gradient = jax.value_and_grad(loss)(params, jax.random.fold_in(jax.random.key(1), n), rows)
             updates, state = optimizer.update(gradient, state)
             return (optax.apply_updates(params, updates), state), value
@@ -249,7 +305,8 @@ def train(field: VectorField, params: Any, data: Array, num_steps: int) -> Any:
         return params, losses
 
     params, losses = scan(params)
-    runs.say(f"flow matching, {num_steps} steps: loss {float(losses[:100].mean()):.3f} -> {float(losses[-1]):.3f}")
+    name, first, last = "likelihood" if likelihood else "flow matching", losses[:10].mean(), losses[-10:].mean()
+    runs.say(f"{name}, {num_steps} steps: loss {float(first):.3f} -> {float(last):.3f}")
     return params
 
 
@@ -258,34 +315,64 @@ def fields(config: Config) -> list[Map]:
     train_digits, test_digits = digits()
     maps = []
     for width in config.field_widths:
-        steps = max(config.train_steps // 4, config.train_steps * min(config.field_widths) // width, 1)
+        share = max(1 / 4, min(config.field_widths) / width)
         field, start = make_field(width, 64)
+        trained, cnf = (
+            train(field, start, train_digits, max(int(share * steps), 1), likelihood=likelihood)
+            for steps, likelihood in ((config.train_steps, False), (config.cnf_steps, True))
+        )
 
-        def jacobians(params: Any, key: Array, rows: Array, field: VectorField = field) -> np.ndarray:
-            t, x, _ = path(key, rows)
-            return np.asarray(jax.jit(jax.vmap(jax.jacfwd(field, 1), (0, 0, None)))(t, x, params), np.float64)
+        @partial(jax.jit, static_argnums=3)
+        def jacobians(params: Any, key: Array, rows: Array, flows: bool, field: VectorField = field) -> Array:
+            t, x = along(field, params, key, rows) if flows else path(key, rows)[:2]
+            return jax.vmap(jax.jacfwd(field, 1), (0, 0, None))(t, x, params)
 
-        for state, params in (("at the start", start), ("trained", train(field, start, train_digits, steps))):
-            tested = jacobians(params, jax.random.key(5), test_digits[: config.examples])
-            others = jacobians(params, jax.random.key(6), train_digits[: 8 * config.examples])
+        for state, params in (("at the start", start), ("trained", trained), ("CNF", cnf)):
+            tested, others = (
+                np.asarray(jacobians(params, jax.random.key(seed), rows, state == "CNF"), np.float64)
+                for seed, rows in ((5, test_digits[: config.examples]), (6, train_digits[: 8 * config.examples]))
+            )
             symmetric = (others + others.swapaxes(1, 2)) / 2
             groups = {k: probes.learn_groups(symmetric, k) for k in config.field_products}
             with jax.enable_x64(True):
-                data, basis = jnp.asarray(tested), jnp.asarray(np.linalg.eigh(symmetric.mean(0))[1])
+                data, known = jnp.asarray(tested), near(others.mean(0))
             truth = np.trace(tested, 0, 1, 2)
-            maps.append(Map(f"digits h={width}, {state}", product, data, 64, truth, groups=groups, basis=basis))
+            maps.append(Map(f"digits h={width}, {state}", product, data, 64, truth, groups=groups, near=known))
     return maps
 
 
-def graph_map(file: str) -> Map:
-    """e -> A^3 e, A the adjacency matrix of the graph, without loops or directions."""
+def apollonian(generations: int) -> np.ndarray:
+    """Edges of an Apollonian network ``[edges, 2]``: those of a triangle; then in each generation a node inside every
+    innermost triangle, joined to its corners. With n nodes it has 3 n - 8 triangles.
+
+    Source: Andrade, Herrmann, Andrade and da Silva (2005), "Apollonian networks: simultaneously scale-free, small
+    world, Euclidean, space filling, and with matching graphs".
+    """
+    edges, innermost, nodes = [(0, 1), (0, 2), (1, 2)], [(0, 1, 2)], 3
+    for _ in range(generations):
+        smaller = []
+        for corners in innermost:
+            edges += [(corner, nodes) for corner in corners]
+            smaller += [(*side, nodes) for side in itertools.combinations(corners, 2)]
+            nodes += 1
+        innermost = smaller
+    return np.asarray(edges)
+
+
+def read_edges(file: str) -> np.ndarray:
+    """The edges in a file ``[edges, 2]``, as two names each."""
     lines = [line.split()[:2] for line in Path(file).read_text().splitlines() if line.strip() and line[0] not in "#%"]
     named = {node for line in lines[1:] for node in line}
     if lines and lines[0][-1] == str(len(lines) - 1) and lines[0][0].isdigit() and int(lines[0][0]) >= len(named):
         lines = lines[1:]  # a head: numbers of nodes and edges
     if not lines:
         raise ValueError(f"graph {file} has no edges: one a line, two node numbers first.")
-    nodes, ends = np.unique(np.asarray(lines).ravel(), return_inverse=True)
+    return np.asarray(lines)
+
+
+def graph_map(name: str, edges: np.ndarray) -> Map:
+    """e -> A^3 e, A the adjacency matrix of the graph of those edges, without loops or directions."""
+    nodes, ends = np.unique(edges.ravel(), return_inverse=True)
     pairs = np.sort(ends.reshape(-1, 2), axis=1)
     pairs = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
     near: list[set[int]] = [set() for _ in nodes]
@@ -302,12 +389,12 @@ def graph_map(file: str) -> Map:
         return e
 
     data = (jnp.asarray(here)[None], jnp.asarray(there)[None])
-    runs.say(f"{file}: {len(nodes)} nodes, {len(pairs)} edges, {closed // 6} triangles")
-    name = f"{Path(file).stem}, A^3"
-    return Map(name, apply, data, len(nodes), np.asarray([float(closed)]), one_by_one=True)
+    runs.say(f"{name}: {len(nodes)} nodes, {len(pairs)} edges, {closed // 6} triangles")
+    return Map(f"{name}, A^3", apply, data, len(nodes), np.asarray([float(closed)]), one_by_one=True)
 
 
-Estimator = Callable[[Callable[[Array], Array], Array, Array], trace.Estimate]  # (matvec, key, x) -> Estimate
+# (matvec, key, x, the map near or None) -> Estimate
+Estimator = Callable[[Callable[[Array], Array], Array, Array, Any], trace.Estimate]
 
 
 def hutch_pp_split(k: int) -> tuple[int, int]:
@@ -318,37 +405,51 @@ def hutch_pp_split(k: int) -> tuple[int, int]:
 
 def ours(name: str, k: int, m: int, each: Map | None = None) -> Estimator | None:
     """The estimator of that name with k products; ``None`` where it cannot use them."""
+    order, r = 1 << (m - 1).bit_length(), max(k // 3, 1)
     if name in PROBES:
-        population = {"orthogonal": m, "hadamard": 1 << (m - 1).bit_length()}.get(name)
+        population = {"orthogonal": m, "hadamard": order}.get(name)
         estimator = partial(trace.hutchinson, population=population)
-        return lambda matvec, key, x: estimator(matvec, getattr(probes, name)(key, x, k))
-    if name in LEARNT:
+        return lambda matvec, key, x, _: estimator(matvec, getattr(probes, name)(key, x, k))
+    if name == "groups":
         if each is None or each.groups is None:
             return None
-        groups, basis = each.groups[k], each.basis
-        if name == "groups":
-            return lambda matvec, key, x: trace.grouped(matvec, probes.grouped(key, x, groups))
-        return lambda matvec, key, x: trace.hutchinson(matvec, probes.rotated(probes.rademacher(key, x, k), basis))
-    if name == "hutch_pp":
-        s, g = hutch_pp_split(k)
-        return lambda matvec, key, x: trace.hutch_pp(matvec, probes.rademacher(key, x, s + g), sketch=s)
-    if name == "na_hutch_pp":
-        return lambda matvec, key, x: trace.na_hutch_pp(matvec, probes.rademacher(key, x, k))
-    estimator, num = {"xtrace": (trace.xtrace, k // 2), "xnystrace": (trace.xnystrace, k)}[name]
-    return lambda matvec, key, x: estimator(matvec, probes.sphere(key, x, num), normalize=True)
+        groups = each.groups[k]
+        return lambda matvec, key, x, _: trace.grouped(matvec, probes.grouped(key, x, groups))
+    if k < 3 and name in ("hutch_pp", "na_hutch_pp"):
+        return None
+    s, g = hutch_pp_split(k)
+    own: dict[str, Estimator] = {
+        "rotated": lambda matvec, key, x, near: trace.hutchinson(
+            matvec, probes.rotated(probes.rademacher(key, x, k), near.basis)
+        ),
+        "rotated hadamard": lambda matvec, key, x, near: trace.hutchinson(
+            matvec, probes.rotated(probes.hadamard(key, x, k), near.basis), population=order
+        ),
+        "deflated": lambda matvec, key, x, near: trace.deflated(
+            matvec, near.basis[:, :r].T, probes.rademacher(key, x, k - r)
+        ),
+        "control_variate": lambda matvec, key, x, near: trace.control_variate(
+            matvec, lambda e: near.matrix @ e, jnp.trace(near.matrix), probes.rademacher(key, x, k)
+        ),
+        "hutch_pp": lambda matvec, key, x, _: trace.hutch_pp(matvec, probes.rademacher(key, x, s + g), sketch=s),
+        "na_hutch_pp": lambda matvec, key, x, _: trace.na_hutch_pp(matvec, probes.rademacher(key, x, k)),
+        "xtrace": lambda matvec, key, x, _: trace.xtrace(matvec, probes.sphere(key, x, k // 2), normalize=True),
+        "xnystrace": lambda matvec, key, x, _: trace.xnystrace(matvec, probes.sphere(key, x, k), normalize=True),
+    }
+    return own[name]
 
 
 def peer(name: str, k: int, m: int, found: Mapping[str, Any]) -> Callable[[Map], Estimator] | None:
     """A peer's estimator with k products, for matrices; ``None`` where it is missing."""
     package, method = name.split()
-    if package not in found:
+    if package not in found or k < 3:
         return None
     module, nothing = found[package], np.inf
 
-    def by_traceax(matvec: Callable[[Array], Array], key: Array, x: Array) -> trace.Estimate:
+    def by_traceax(matvec: Callable[[Array], Array], key: Array, x: Array, _: Any) -> trace.Estimate:
         import lineax
 
-        tags = lineax.positive_semidefinite_tag
+        tags = lineax.positive_semidefinite_tag if method == "XNysTrace" else ()
         operator = lineax.FunctionLinearOperator(matvec, jax.eval_shape(lambda: x), tags)
         signs, sphere = module.RademacherSampler(x.dtype), module.SphereSampler(x.dtype)
         estimator = {
@@ -360,7 +461,7 @@ def peer(name: str, k: int, m: int, found: Mapping[str, Any]) -> Callable[[Map],
         value, more = estimator.estimate(key, operator, k)
         return trace.Estimate(value, more.get("std.err", jnp.asarray(nothing)))
 
-    def by_matfree(matvec: Callable[[Array], Array], key: Array, x: Array) -> trace.Estimate:
+    def by_matfree(matvec: Callable[[Array], Array], key: Array, x: Array, _: Any) -> trace.Estimate:
         if method == "Hutchinson":
             sampler = module.sampler_signs(x, num=k)
             estimate = module.estimator_monte_carlo_mean_and_sem(module.monte_carlo_trace(), sampler=sampler)
@@ -374,16 +475,19 @@ def peer(name: str, k: int, m: int, found: Mapping[str, Any]) -> Callable[[Map],
 
 @functools.cache
 def drawn(apply: Callable[[Any, Array], Array], estimator: Estimator, m: int, one_by_one: bool) -> Callable[..., Any]:
-    """(data of all maps, keys [examples, draws]) -> draws of the estimator, compiled fast rather than well."""
+    """(data of all maps, keys [examples, draws], the map near) -> draws of the estimator, compiled fast rather than
+    well."""
 
-    def of_one(data: Any, keys: Array) -> trace.Estimate:
+    def of_one(data: Any, keys: Array, near: Any) -> trace.Estimate:
         def draw(key: Array) -> trace.Estimate:
-            return estimator(partial(apply, data), key, jnp.zeros(m))
+            return estimator(partial(apply, data), key, jnp.zeros(m), near)
 
         return jax.lax.map(draw, keys) if one_by_one else jax.vmap(draw)(keys)
 
-    def of_all(data: Any, keys: Array) -> trace.Estimate:
-        return jax.lax.map(lambda both: of_one(*both), (data, keys)) if one_by_one else jax.vmap(of_one)(data, keys)
+    def of_all(data: Any, keys: Array, near: Any) -> trace.Estimate:
+        if one_by_one:
+            return jax.lax.map(lambda both: of_one(*both, near), (data, keys))
+        return jax.vmap(of_one, (0, 0, None))(data, keys, near)
 
     return jax.jit(of_all, compiler_options={"xla_backend_optimization_level": 1})
 
@@ -404,7 +508,7 @@ def errors_of(name: str, estimator: Estimator, each: Map, draws: int) -> Errors:
     """Draws of the estimator of that name on every example of the map."""
     examples, one_by_one = len(each.truth), each.one_by_one or name in ONE_BY_ONE
     keys = jax.random.split(jax.random.key(7), (examples, max(draws // examples, 1)))
-    value, stderr = map(np.asarray, drawn(each.apply, estimator, each.m, one_by_one)(each.data, keys))
+    value, stderr = map(np.asarray, drawn(each.apply, estimator, each.m, one_by_one)(each.data, keys, each.near))
     error = value - each.truth[:, None]
     # an error as small as rounding is covered, as is one of exactly nothing
     inside = np.abs(error) <= 2 * stderr + 1e-12 * np.abs(each.truth[:, None])
@@ -414,11 +518,12 @@ def errors_of(name: str, estimator: Estimator, each: Map, draws: int) -> Errors:
 def choices(config: Config, each: Map, k: int) -> list[trace.Choice]:
     """What ``trace.choose`` says for pilots drawn anew, at one example after the other."""
     chosen = []
+    known = {} if each.groups is None or each.near is None else {"groups": each.groups[k], "basis": each.near.basis}
     for index in range(config.pilots):
         example = index % len(each.truth)
         matvec = partial(each.apply, jax.tree.map(lambda leaf, i=example: leaf[i], each.data))
-        pilots = probes.rademacher(jax.random.fold_in(jax.random.key(8), index), jnp.zeros(each.m), max(4, k // 2))
-        chosen.append(trace.choose(matvec, pilots, k, positive=each.positive))
+        pilots = probes.rademacher(jax.random.fold_in(jax.random.key(8), index), jnp.zeros(each.m), max(8, k // 2))
+        chosen.append(trace.choose(matvec, pilots, k, positive=each.positive, **known))
     return chosen
 
 
@@ -429,8 +534,10 @@ def errors(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any], list[T
     jacobians = fields(config) if config.field_widths else []
     with jax.enable_x64(True):
         maps = spectra(config.dimension) + jacobians
+        if config.generations:
+            maps.append(graph_map("Apollonian network", apollonian(config.generations)))
         if config.graph is not None:
-            maps.append(graph_map(config.graph))
+            maps.append(graph_map(Path(config.graph).stem, read_edges(config.graph)))
         shared = functools.cache(ours)  # one function for all maps, so that they share what is compiled
         shared_peer = functools.cache(lambda name, k, m: peer(name, k, m, found))
         chosen_estimators: dict[Any, Estimator] = {}
@@ -438,28 +545,29 @@ def errors(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any], list[T
         for each in maps:
             start, scale = time.perf_counter(), float(np.sqrt(np.mean(each.truth**2)))
             draws = config.graph_draws if each.one_by_one else config.draws
-            names = [name for name in COLORS if name != "choose" and (each.positive or name != "xnystrace")]
-            known = each.groups is None and not each.one_by_one
+            left_out = {"choose"} | (set() if each.positive else {"xnystrace", "traceax XNysTrace"})
+            left_out |= set(LEARNT[1:]) if each.near is None else set()
+            left_out |= set(PEERS) if each.one_by_one else set()
+            names = [name for name in (*COLORS, *PEERS) if name not in left_out]
             for k in config.field_products if each.groups is not None else config.products:
                 if k >= each.m:
                     continue
-                for name in (*names, *(PEERS if known else ())):
+                for name in names:
                     if name in PEERS:
                         estimator = shared_peer(name, k, each.m)
                     else:
-                        estimator = ours(name, k, each.m, each) if name in LEARNT else shared(name, k, each.m)
+                        estimator = ours(name, k, each.m, each) if name == "groups" else shared(name, k, each.m)
                     if estimator is not None:
                         table[each.name, name, k] = errors_of(name, estimator, each, draws)
                 squares, picked = [], []
                 for choice in choices(config, each, k):
-                    kind = (choice.name, str(choice.estimator.keywords), choice.num, choice.draw)
-                    name = "hadamard" if choice.name == "hutchinson" else choice.name
+                    name = CHOICES.get(choice.name, choice.name)
                     if name == "hutch_pp":  # its sketch may be of another size than ours here
                         name = f"hutch_pp {choice.num}"
                         if (each.name, name, k) not in table:
                             estimator = chosen_estimators.setdefault(
-                                kind,
-                                lambda matvec, key, x, choice=choice: choice.estimator(
+                                (k, choice.num),
+                                lambda matvec, key, x, _, choice=choice: choice.estimator(
                                     matvec, getattr(probes, choice.draw)(key, x, choice.num)
                                 ),
                             )
@@ -467,17 +575,25 @@ def errors(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any], list[T
                     squares.append(table[each.name, name, k].squares)
                     picked.append(choice.name)
                 table[each.name, "choose", k] = Errors(np.concatenate(squares), None)
-                best = min(np.mean(table[each.name, name, k].squares) for name in CHOOSES if name in names)
+                known = set(PEERS) | (set(LEARNT) if each.groups is None else set())
+                # the best by half of the draws, so that luck does not make it one; both are compared by the other half
+                halves = {
+                    name: [np.mean(table[each.name, name, k].squares.ravel()[half::2]) for half in (0, 1)]
+                    for name in names
+                    if name not in known and (each.name, name, k) in table
+                }
+                best = min(halves.values())[1]
+                chosen = np.mean([one.ravel()[1::2] for one in squares])
                 rows.append(
                     {
                         "part": "errors", "map": each.name, "way": "choose", "products": k,
                         "error": float(np.sqrt(np.mean(squares))) / scale,
                         "covered": None,
-                        "over best": float(np.sqrt((np.mean(squares) + 1e-28 * scale**2) / (best + 1e-28 * scale**2))),
+                        "over best": float(np.sqrt((chosen + 1e-28 * scale**2) / (best + 1e-28 * scale**2))),
                         "chosen": {name: picked.count(name) for name in sorted(set(picked))},
                     }
                 )  # fmt: skip
-                for name in (*names, *PEERS):
+                for name in names:
                     if (each.name, name, k) in table:
                         one = table[each.name, name, k]
                         rows.append(
@@ -499,15 +615,15 @@ def report_errors(
     maps = list(dict.fromkeys(row["map"] for row in rows))
     for name in maps:
         ks = sorted({k for each, _, k in by if each == name})
-        ways = [way for way in (*COLORS, *PEERS) if (name, way, ks[0]) in by]
+        ways = [way for way in (*COLORS, *PEERS) if (name, way, ks[-1]) in by]
         show(
             f"Relative error, root mean square, after so many products: {name}",
             ("estimator", *map(str, ks)),
-            [[way, *(f"{by[name, way, k]['error']:.2g}" for k in ks)] for way in ways],
+            [[way, *(f"{by[name, way, k]['error']:.2g}" if (name, way, k) in by else "-" for k in ks)] for way in ways],
         )
     ks = sorted({k for _, _, k in by})
     show(
-        f"trace.choose: its error over that of the best of {', '.join(CHOOSES)}",
+        "trace.choose: its error over that of the best of ours",
         ("map", *map(str, ks)),
         [
             [name, *(f"{by[name, 'choose', k]['over best']:.2f}" if (name, "choose", k) in by else "-" for k in ks)]
@@ -708,9 +824,7 @@ def by_vjp(f: Callable[[Array], Array], x: Array, e: Array) -> tuple[Array, Arra
     return value, jnp.trace(jax.vmap(pull)(jnp.eye(x.size, dtype=x.dtype))[0])
 
 
-def cost_ways(
-    width: int, m: int, batch: int, found: Mapping[str, Any], exact: bool
-) -> dict[str, tuple[One, Any, Array, Any]]:
+def cost_ways(width: int, m: int, batch: int, found: Mapping[str, Any]) -> dict[str, tuple[One, Any, Array, Any]]:
     """name -> a function and its arguments; "f" is the field alone. All numbers "1" share their probe, and all "16"."""
     field, params = make_field(width, m)
     f = plain(field)
@@ -729,11 +843,12 @@ def cost_ways(
     ways["16 probes, shared"] = (lambda params, x, e: alike(x, params, e), params, x, many[0])
     for package in ("traceax", "matfree"):
         if package in found:
-            for name, e in (("1 probe", one), ("16 probes", many))[: 2 if batch <= 64 else 1]:
+            for name, e in (("1 probe", one), ("16 probes", many)):
                 way = batched(peer_hutchinson(found[package], package, m, e.shape[1]), f)
                 ways[f"{name}, {package}"] = (way, params, x, e)
-    if exact:
+    if m * batch * width**2 <= MOST_MULTIPLICATIONS:
         ways["exact"] = (batched(lambda f, x, _: divergence.exact(f, x), f), params, x, none)
+    if m**2 * batch <= MOST_NUMBERS:
         ways["exact, jacfwd"] = (batched(by_jacfwd, f), params, x, none)
         ways["exact, vjp"] = (batched(by_vjp, f), params, x, none)
 
@@ -759,14 +874,15 @@ def costs(config: Config) -> list[dict[str, Any]]:
     found.pop("folx", None)
     rows: list[dict[str, Any]] = []
     for width, m, batch in itertools.product(config.widths, config.sizes, config.batches):
-        exact = batch == config.exact_batch and m <= 784
-        ways = {name: in_a_row(*way) for name, way in cost_ways(width, m, batch, found, exact).items()}
-        slow = {name: way for name, way in ways.items() if name.startswith(("16", "exact"))}
-        times = timed(config, {name: way for name, way in ways.items() if name not in slow})
-        beside = timed(config, {"f": ways["f"]} | slow)  # with a field of its own rounds
+        ways = {name: in_a_row(*way) for name, way in cost_ways(width, m, batch, found).items()}
+        slow = {name: way for name, way in ways.items() if name.startswith("16")}
+        slowest = {name: way for name, way in ways.items() if name.startswith("exact")}
+        times = timed(config, {name: way for name, way in ways.items() if name not in slow | slowest})
+        many, exact = ({"f": ways["f"]} | each for each in (slow, slowest))  # each with a field of its own rounds
+        many_times, exact_times = timed(config, many), timed(config, exact)
         cell = f"h {width}, m {m}, B {batch}"
         for name, way in ways.items():
-            mine = beside if name in slow else times
+            mine = many_times if name in slow else exact_times if name in slowest else times
             where = {"width": width, "m": m, "batch": batch}
             rows.append(row_of("costs", cell, name, mine[name], mine["f"], way, **where))
         last = {row["way"]: row["cost"] for row in rows[-len(ways) :]}
@@ -839,7 +955,7 @@ def cost_targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
     targets += at(here, "16 probes over f", high=29.0)
     shares = quotient(costs_of("exact"), costs_of("exact, jacfwd", "exact, vjp"))
     for h, high in ((64, 0.35), (512, 0.65)):
-        here = {key: share for key, share in shares.items() if key[:2] == (h, 784)}
+        here = {key: share for key, share in shares.items() if key == (h, 784, 64)}
         targets += at(here, f"exact over the better of jacfwd and vjp, h {h}", high=high)
         if h == 64:
             targets += at({key: cells[key]["exact"]["bytes"] / 1e6 for key in here}, "exact, MB", high=30.0)
@@ -847,6 +963,60 @@ def cost_targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
         here = {key: cost for key, cost in costs_of("structured").items() if key[0] == 64 and key[1] >= least}
         targets += at(here, f"structured over f, h 64, m >= {least}, worst", high=high)
     return targets
+
+
+# -------------------------------------------------------------------------------------------------- other networks
+
+
+def network_ways(net: Any, m: int, batch: int) -> dict[str, tuple[One, Any, Array, Any]]:
+    """name -> a function and its arguments, of a network that knows its divergence; "f" is the field alone."""
+    field, half = networks.vector_field(net), jnp.asarray(0.5)
+    params = jax.jit(net.init)(jax.random.key(0), half, jnp.zeros(m))
+    prepared, f = jax.jit(field.prepare)(params), plain(field)
+    x, none = jax.random.normal(jax.random.key(1), (batch, m)), jnp.zeros((batch, 0))
+
+    def by_forms(prepared: Any, x: Array, e: Array) -> tuple[Array, Array]:
+        value, forms = jax.vmap(field.with_forms, (None, 0, None, 0))(half, x, prepared, e)
+        return value, jnp.mean(forms, axis=1)
+
+    def own(prepared: Any, x: Array, _: Array) -> tuple[Array, Array]:
+        return jax.vmap(field.with_divergence, (None, 0, None))(half, x, prepared)
+
+    ways: dict[str, tuple[One, Any, Array, Any]] = {
+        "f": (lambda params, x, _: (jax.vmap(f, (None, 0, None))(half, x, params), jnp.zeros(batch)), params, x, none)
+    }
+    if field.probe_space is not None:
+        dim, _ = field.probe_space(prepared)
+        plainly, hidden = (jax.random.rademacher(jax.random.key(3), (batch, 16, d), jnp.float32) for d in (m, dim))
+        ways["16 probes"] = (batched(divergence.hutchinson, f), params, x, plainly)
+        ways["16 probes, hidden"] = (by_forms, prepared, x, hidden)
+    ways["structured"] = (own, prepared, x, none)
+    return ways
+
+
+def other_networks(config: Config) -> list[dict[str, Any]]:
+    """The price of what other networks know of themselves. A hollow network is as wide as the narrowest of the others:
+    its last matrix has 8 m columns."""
+    init = jax.nn.initializers.lecun_normal()
+    kinds: dict[str, Callable[[int], Any]] = {
+        "three layers": lambda h: networks.MLP((h, h, h), last_init=init),
+        "OT-Flow": lambda h: networks.OTFlow(width=h),
+        "hollow": lambda h: networks.HollowNet((h, h), last_init=init),
+    }
+    rows: list[dict[str, Any]] = []
+    for kind, h, m in itertools.product(kinds, config.widths, config.other_sizes):
+        if kind != "hollow" or h == min(config.widths):
+            ways = network_ways(kinds[kind](h), m, config.other_batch)
+            cell = {f"{kind}, h {h}, m {m}": {name: in_a_row(*way) for name, way in ways.items()}}
+            rows += over_first("networks", cell, config)
+    return rows
+
+
+def network_targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
+    """What probes in the hidden space should cost."""
+    costs = {(row["cell"], row["way"]): row["cost"] for row in rows}
+    cell, way = "three layers, h 64, m 3072", "16 probes, hidden"
+    return [Target(f"{way}, over f", costs[cell, way], high=1.5, place=cell)] if (cell, way) in costs else []
 
 
 # ------------------------------------------------------------------------------------------ gradients and Laplacians
@@ -912,7 +1082,7 @@ def show_cells(rows: Sequence[dict[str, Any]], title: str) -> None:
 def gradients(config: Config) -> list[dict[str, Any]]:
     """The price of the divergence in a gradient by the parameters, m = 64."""
     cells: dict[str, dict[str, Way]] = {}
-    batch = config.exact_batch
+    batch = config.other_batch
     x = jax.random.normal(jax.random.key(1), (batch, GRADIENT_SIZE))
     e = jax.vmap(lambda key: probes.rademacher(key, x[0], 16))(jax.random.split(jax.random.key(3), batch))
     for width in config.widths:
@@ -924,7 +1094,7 @@ def gradients(config: Config) -> list[dict[str, Any]]:
 
 def laplacian_ways(config: Config, m: int, found: Mapping[str, Any]) -> dict[str, tuple[One, Any, Array, Any]]:
     """name -> a function and its arguments; "u" is the network alone."""
-    width, batch = min(config.widths), config.exact_batch
+    width, batch = min(config.widths), config.other_batch
     net = networks.MLP((width, width), out_features=1, last_init=jax.nn.initializers.lecun_normal())
     energy = networks.energy(net)
     params = net.init(jax.random.key(0), jnp.zeros(()), jnp.zeros(m))
@@ -1009,8 +1179,9 @@ def report_times(config: Config) -> tuple[list[dict[str, Any]], list[tuple[Targe
     """Take the times, print them; the rows, and every target with what each process found."""
     each = in_processes(config)
     rows = median_rows(each)
-    batch = config.exact_batch
+    batch = config.other_batch
     titles = {
+        "networks": f"Other networks, time over one evaluation of each, B = {batch}",
         "gradients": f"value_and_grad of mean(f^2 + div f) over that of mean(f^2), m = {GRADIENT_SIZE}, B = {batch}",
         "laplacians": (
             f"Laplacian of a scalar network over one evaluation of it, h = {min(config.widths)}, B = {batch}"
@@ -1035,8 +1206,8 @@ def report_times(config: Config) -> tuple[list[dict[str, Any]], list[tuple[Targe
     return rows, targets
 
 
-TIMED = {"costs": costs, "gradients": gradients, "laplacians": laplacians}
-TARGETS = {"costs": cost_targets, "laplacians": laplacian_targets}
+TIMED = {"costs": costs, "networks": other_networks, "gradients": gradients, "laplacians": laplacians}
+TARGETS = {"costs": cost_targets, "networks": network_targets, "laplacians": laplacian_targets}
 
 
 # ----------------------------------------------------------------------------------------------------------- plots
@@ -1121,13 +1292,17 @@ def draw_costs(config: Config, rows: Sequence[dict[str, Any]]) -> Path:
     """Above: cost over f against m, one panel a width and batch, one and 16 probes. Below: all other costs as bars."""
     plt = plotting()
     cells = list(dict.fromkeys((row["width"], row["batch"]) for row in rows if row["part"] == "costs"))
-    others = [row for row in rows if row["part"] in ("gradients", "laplacians") and row["way"] not in ("f", "u")] + [
-        row for row in rows if row["part"] == "costs" and row["way"].startswith("exact")
+    bars = ("networks", "gradients", "laplacians")
+    others = [row for row in rows if row["part"] in bars and row["way"] not in ("f", "u")] + [
+        row
+        for row in rows
+        if row["part"] == "costs" and row["way"].startswith("exact") and row["batch"] == config.other_batch
     ]
     groups = {
         title: [row for row in others if row["part"] == part]
         for part, title in (
-            ("costs", "exact trace, time over f"),
+            ("costs", f"exact trace, B = {config.other_batch}, time over f"),
+            ("networks", "other networks, time over f"),
             ("gradients", "gradient, over that without a divergence"),
             ("laplacians", "Laplacian, time over u"),
         )
@@ -1242,7 +1417,8 @@ def main(config: Config) -> dict[str, Any]:
             for each, values in targets
         ]
     }
-    write("trace_estimators", config, rows, result | more)
+    graph = None if config.graph is None else Path(config.graph).name  # no path of this machine
+    write("trace_estimators", replace(config, graph=graph), rows, result | more)
     if "errors" in config.parts:
         draw_errors(config, [row for row in rows if row["part"] == "errors"])
     if timed_rows:

@@ -173,7 +173,10 @@ def mode_coverage(samples: Array, density: densities.Mixture, *, radius: float =
     Returns:
         A ``ModeCoverage``. The standard errors: of ``high_quality`` binomial; of ``reverse_kl`` by the delta method
         with its second order, which is all there is where the weights are right; of ``num_modes``, over sets of n
-        samples, by the jackknife, which is too large on average, the more the surer the modes are.
+        samples, by the jackknife, which is too large on average, the more the surer the modes are. It is 0 where no
+        mode has just ``least`` samples, so a mode that n samples may miss by chance needs a look at that chance: that
+        num_modes is below k by two errors happens to exact samples at most sum_k P(Binomial(n, w_k q) < least) of the
+        time, 2 per cent for 25 equal modes with 7 samples of high quality expected in each.
 
     Raises:
         TypeError: samples not of floats, or not of the dtype of the density.

@@ -1,14 +1,20 @@
 """The divergence div f(x) = sum_i df_i/dx_i = tr J(x), J the Jacobian, always together with f(x).
 
-Every function evaluates f once, which gives f(x) and the map e -> J^T e of reverse mode, and applies that map to
-vectors: a quadratic form is the same from either side, e^T (J e) = (e^T J) e. With m entries in x and k probes:
+Every function evaluates f once, and then takes quadratic forms e^T J e from both ends. Where B is the part of f from
+its last matrix product (or convolution) on, and A the part before it, J = B A, A e goes forward and B^T e in reverse:
 
-    method            products e^T J    activations in memory, times f's  error
+    e^T J e = (B^T e) . (A e).
+
+Unit vectors, and probes that the examples of a batch share, are the same for all examples, and so they pass the first
+and the last product of f once for the whole batch: of the products of a network of two hidden layers only the one
+between them is left for each example. With m entries in x and k probes:
+
+    method            forms e^T J e     activations in memory, times f's  error
     exact             m                 up to 16                          none
     exact_in_chunks   m                 ``size``                          none
     hutchinson        k                 up to 8                           standard deviation ~ 1 / sqrt(k)
 
-Up to m = 8, k probes of m or more take the m products of the whole Jacobian instead.
+Up to m = 8, k probes of m or more take the m products e^T J of the whole Jacobian instead.
 
 How many products are taken at once is a matter of the processor's cache, which should hold them, under
 ``jax.vmap`` those of the whole batch; the rest follow in a loop.
@@ -16,11 +22,15 @@ How many products are taken at once is a matter of the processor's cache, which 
 All of them can be differentiated in reverse and forward, and run inside ``jax.lax.while_loop``. In reverse, the loop
 keeps nothing of its blocks and computes each again.
 
-Where f has no reverse mode, as with a ``jax.lax.while_loop`` in it, ``mode="forward"`` takes the products J e instead.
-For 16 probes of one example alone it is also faster, by up to a half on a CPU; in a batch it is not::
+``mode="reverse"`` takes products e^T J. In the gradient of a divergence by many probes in few dimensions (m = 64) they
+are faster by a fifth; at m = 784 they are not. Where f has no reverse mode, as with a ``jax.lax.while_loop`` in it,
+``mode="forward"`` takes the products J e; for 16 probes of one example alone it is also the fastest on a CPU::
 
     forward = partial(divergence.exact, mode="forward")         # make it once: each new one compiles anew
     flows.log_prob(velocity, x, args, divergence=forward, ...)
+
+Some fields know their own divergence, exactly and more cheaply, as many networks of ``networks.vector_field`` do:
+``of_field`` asks them for it.
 
 benchmarks/trace_estimators.py prints what the value and its gradient cost beside f.
 """
@@ -34,10 +44,37 @@ import jax.extend as jex
 import jax.numpy as jnp
 
 from dgm_jax import _blocks
-from dgm_jax._checks import at_least, floating, probes_for
-from dgm_jax.types import Array, Divergence
+from dgm_jax._checks import at_least, evaluate, floating, like, probes_for
+from dgm_jax.types import Args, Array, Divergence, ScalarField, StructuredField, VectorField
 
-__all__ = ["exact", "exact_in_chunks", "hutchinson", "laplacian", "quadratic_forms"]
+__all__ = [
+    "Energy",
+    "exact",
+    "exact_in_chunks",
+    "gradient",
+    "hutchinson",
+    "laplacian",
+    "of_field",
+    "quadratic_forms",
+]
+
+
+class Energy(NamedTuple):
+    """A scalar field that knows its Laplacian, as a ``types.StructuredField`` knows its divergence.
+
+    Attributes:
+        field: ``(t [], x [*event], args) -> []``.
+        prepare: ``args -> prepared``, any pytree of arrays: what does not depend on t and x.
+        with_laplacian: ``(t [], x [*event], prepared) -> (field(t, x, args) [], its Laplacian over x [])``.
+    """
+
+    field: ScalarField
+    prepare: Callable[[Args], Any]
+    with_laplacian: Callable[[Array, Array, Any], tuple[Array, Array]]
+
+    def __call__(self, t: Array, x: Array, args: Args) -> Array:
+        """field(t, x, args)."""
+        return self.field(t, x, args)
 
 
 def exact(
@@ -45,7 +82,7 @@ def exact(
     x: Array,
     probes: Array | None = None,
     *,
-    mode: Literal["reverse", "forward"] = "reverse",
+    mode: Literal["both", "reverse", "forward"] = "both",
 ) -> tuple[Array, Array]:
     """Compute f(x) and its divergence from the diagonal of the Jacobian, all m entries of it.
 
@@ -58,7 +95,8 @@ def exact(
         f: ``[*event] -> [*event]``.
         x: one example ``[*event]``.
         probes: not used; there so that every divergence is called alike.
-        mode: "reverse" for products e^T J, "forward" for J e: where f has no reverse mode.
+        mode: "both" from both ends, which is "reverse" where f has no product of matrices, or a ``jax.custom_vjp``
+            somewhere; "reverse" for products e^T J; "forward" for J e: where f has no reverse mode.
 
     Returns:
         f(x) ``[*event]`` and div f(x) ``[]``.
@@ -67,11 +105,11 @@ def exact(
         TypeError: ``x`` not of floats, or f(x) of another dtype.
         ValueError: f(x) of another shape, or an unknown ``mode``.
     """
-    value, product = _products(f, x, mode)
-    return value, _trace(product, value, _blocks.most(x.size))
+    value, entry = _entries(f, x, mode)
+    return value, _trace(entry, value, _blocks.most(x.size))
 
 
-def exact_in_chunks(size: int, *, mode: Literal["reverse", "forward"] = "reverse") -> Divergence:
+def exact_in_chunks(size: int, *, mode: Literal["both", "reverse", "forward"] = "both") -> Divergence:
     """Make an exact divergence that holds only ``size`` rows of the Jacobian at a time.
 
     The unit vectors come from their indices and one chunk follows another, in the derivative too, so
@@ -92,8 +130,8 @@ def exact_in_chunks(size: int, *, mode: Literal["reverse", "forward"] = "reverse
     size = at_least("size", size, 1)
 
     def divergence(f: Callable[[Array], Array], x: Array, probes: Array | None = None) -> tuple[Array, Array]:
-        value, product = _products(f, x, mode)
-        return value, _trace(product, value, size)
+        value, entry = _entries(f, x, mode)
+        return value, _trace(entry, value, size)
 
     return divergence
 
@@ -103,7 +141,7 @@ def quadratic_forms(
     x: Array,
     probes: Array | None,
     *,
-    mode: Literal["reverse", "forward"] = "reverse",
+    mode: Literal["both", "reverse", "forward"] = "both",
 ) -> tuple[Array, Array]:
     """Compute f(x) and e^T J e for every probe e: unbiased estimates of the divergence, one a probe.
 
@@ -126,15 +164,20 @@ def quadratic_forms(
     """
     x = floating("x", x)
     probes = probes_for(x, probes)
-    value, product = _products(f, x, mode)
-
-    def form(e: Array) -> Array:
-        return jnp.sum(e * product(e))
-
     num = probes.shape[0]
+    whole_jacobian = num > 1 and num >= x.size <= _PROBES  # it takes fewer products
+    ends = _both_ends(f, x) if mode == "both" and not whole_jacobian else None
+    if ends is not None:
+        value, form = ends
+    else:
+        value, product = _products(f, x, "reverse" if mode == "both" else mode)
+
+        def form(e: Array) -> Array:
+            return jnp.sum(e * product(e))
+
     if num == 1:
         return value, form(probes[0])[None]
-    if num >= x.size <= _PROBES:  # the whole Jacobian takes fewer products
+    if whole_jacobian:
         jacobian = jax.vmap(product)(jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape))
         rows = probes.reshape(num, x.size)
         # entry by entry: XLA takes the products of small matrices, one for each example, one after the other
@@ -160,7 +203,7 @@ def hutchinson(
     x: Array,
     probes: Array | None,
     *,
-    mode: Literal["reverse", "forward"] = "reverse",
+    mode: Literal["both", "reverse", "forward"] = "both",
 ) -> tuple[Array, Array]:
     """Compute f(x) and Hutchinson's unbiased estimate of its divergence.
 
@@ -185,6 +228,64 @@ def hutchinson(
     """
     value, estimates = quadratic_forms(f, x, probes, mode=mode)
     return value, jnp.mean(estimates)
+
+
+def of_field(
+    field: VectorField,
+    t: Array,
+    x: Array,
+    args: Args = None,
+    *,
+    divergence: Divergence | None = None,
+    probes: Array | None = None,
+    name: str = "field",
+) -> tuple[Array, Array]:
+    """Compute f(t, x, args) and its divergence over x: as the caller says, or else by the best way at hand.
+
+    A ``types.StructuredField`` is asked for its own divergence, unless a divergence or probes are named.
+
+    Args:
+        field: f, ``(t [], x [*event], args) -> [*event]``.
+        t: time ``[]``.
+        x: one example ``[*event]``.
+        args: passed to the field: parameters, conditioning.
+        divergence: how it is computed; ``None`` is the field's own where it offers one, else ``exact``, or
+            ``hutchinson`` where ``probes`` are given.
+        probes: random vectors for a stochastic divergence ``[num, *event]``.
+        name: what an error calls the field.
+
+    Returns:
+        f(t, x, args) ``[*event]`` and its divergence ``[]``.
+
+    Raises:
+        TypeError: the field or ``probes`` of another dtype than ``x``.
+        ValueError: the field of another shape than ``x``, or ``probes`` that do not fit.
+    """
+    if divergence is None and probes is None and isinstance(field, StructuredField):
+        value, own = field.with_divergence(t, x, field.prepare(args))
+        return like(name, value, x.shape, x.dtype), own
+    if divergence is None:
+        divergence = exact if probes is None else hutchinson
+    return divergence(lambda y: evaluate(name, field, t, y, args), x, probes)
+
+
+def gradient(energy: Energy) -> StructuredField:
+    """The gradient of a scalar field that knows its Laplacian: a vector field that knows its divergence.
+
+    Args:
+        energy: u, ``(t [], x [*event], args) -> []``, from ``networks.energy`` for instance.
+
+    Returns:
+        ``(t [], x [*event], args) -> [*event]``, grad u over x. Beside the Laplacian it costs one derivative of u.
+    """
+
+    def field(t: Array, x: Array, args: Args) -> Array:
+        return jax.grad(energy.field, 1)(t, x, args)
+
+    def with_divergence(t: Array, x: Array, prepared: Any) -> tuple[Array, Array]:
+        return jax.grad(lambda y: energy.with_laplacian(t, y, prepared), has_aux=True)(x)
+
+    return StructuredField(field, energy.prepare, with_divergence)
 
 
 def laplacian(u: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
@@ -253,14 +354,18 @@ def _products(f: Callable[[Array], Array], x: Array, mode: str) -> tuple[Array, 
     elif mode == "forward":
         value, push = jax.linearize(f, x)
     else:
-        raise ValueError(f'mode must be "reverse" or "forward", got {mode!r}.')
+        raise ValueError(f'mode must be "both", "reverse" or "forward", got {mode!r}.')
+    _same_space(value, x)
+    return value, push if mode == "forward" else lambda e: pull(e)[0]
+
+
+def _same_space(value: Any, x: Array) -> None:
     if jnp.shape(value) != x.shape:
         raise ValueError(
             f"f must keep the shape of x, got {jnp.shape(value)} for x of shape {x.shape}: "
             "a divergence is of a map from a space to itself."
         )
     _same_dtype("f", value, x)
-    return value, push if mode == "forward" else lambda e: pull(e)[0]
 
 
 def _same_dtype(name: str, value: Array, x: Array) -> None:
@@ -271,13 +376,73 @@ def _same_dtype(name: str, value: Array, x: Array) -> None:
         )
 
 
-def _trace(product: Callable[[Array], Array], like: Array, most: int) -> Array:
-    """The trace of a linear map of arrays of the shape of ``like``, ``most`` unit vectors at a time."""
+def _entries(f: Callable[[Array], Array], x: Array, mode: str) -> tuple[Array, Callable[[Array, Array], Array]]:
+    """f(x), and the map from a unit vector and its index to its entry of the diagonal of J; 0 beyond the last."""
+    if mode == "both":
+        ends = _both_ends(f, floating("x", x))
+        if ends is not None:
+            value, form = ends
+            return value, lambda unit, _: form(unit)
+        mode = "reverse"
+    value, product = _products(f, x, mode)
+    return value, lambda unit, i: product(unit).reshape(-1).at[i].get(mode="fill", fill_value=0)
+
+
+def _both_ends(f: Callable[[Array], Array], x: Array) -> tuple[Array, Callable[[Array], Array]] | None:
+    """f(x) and the map e -> e^T J e = (B^T e) . (A e), J = B A, B being f from its last product on.
+
+    ``None`` where f has no product, or somewhere a derivative in reverse alone.
+    """
+    program, out = jax.make_jaxpr(f, return_shape=True)(x)
+    _same_space(out, x)
+    if _in_reverse_alone(program.jaxpr):
+        return None
+    tape: list[_Step] = []
+    (y,) = _record(tape, program.jaxpr, program.consts, [_Moving(x)])
+    cut = max((i for i, step in enumerate(tape) if step.kind == "product"), default=None)
+    if cut is None or not isinstance(y, _Moving):
+        return None
+    made = {0}.union(*(step.outputs for step in tape[:cut]))
+    live = sorted(made & {y.slot}.union(*(step.inputs for step in tape[cut:])))
+
+    def run(steps: list[_Step], at: dict[int, Array]) -> dict[int, Array]:
+        for step in steps:
+            at.update(zip(step.outputs, step.operation(*(at[slot] for slot in step.inputs)), strict=True))
+        return at
+
+    def first(x: Array) -> list[Array]:
+        at = run(tape[:cut], {0: x})
+        return [at[slot] for slot in live]
+
+    def last(middle: list[Array]) -> Array:
+        return run(tape[cut:], dict(zip(live, middle, strict=True)))[y.slot]
+
+    middle, push = jax.linearize(first, x)
+    value, pull = jax.vjp(last, middle)
+
+    def form(e: Array) -> Array:
+        (back,) = pull(e)
+        each = [jnp.sum(a * b).astype(x.dtype) for a, b in zip(push(e), back, strict=True)]
+        return jnp.sum(jnp.stack(each))
+
+    return value, form
+
+
+def _in_reverse_alone(program: Any) -> bool:
+    """Whether there is a ``jax.custom_vjp`` in a jaxpr, or in one that it holds."""
+    for equation in program.eqns:
+        inner = [getattr(value, "jaxpr", value) for value in jax.tree.leaves(list(equation.params.values()))]
+        if equation.primitive.name.startswith("custom_vjp") or any(
+            _in_reverse_alone(each) for each in inner if hasattr(each, "eqns")
+        ):
+            return True
+    return False
+
+
+def _trace(entry: Callable[[Array, Array], Array], like: Array, most: int) -> Array:
+    """The sum of what ``entry`` makes of every unit vector and its index, ``most`` of them at a time."""
 
     def diagonal(units: Array, indices: Array) -> Array:
-        def entry(unit: Array, i: Array) -> Array:
-            return product(unit).reshape(-1).at[i].get(mode="fill", fill_value=0)
-
         return jnp.sum(jax.vmap(entry)(units, indices))
 
     return _blocks.over_units(diagonal, like, most)
@@ -296,8 +461,8 @@ _LINEAR = {
 }  # fmt: skip
 """Operations that are linear in all their arrays together."""
 
-_LINEAR_IN_ONE = {"mul", "dot_general", "conv_general_dilated"}
-"""Operations that are linear in each array by itself."""
+_PRODUCTS = {"dot_general", "conv_general_dilated"}
+"""Operations that are linear in each array by itself, and where the time goes."""
 
 _LINEAR_IN_FIRST = {"div", "gather", "dynamic_slice"}
 """Operations that are linear in their first array."""
@@ -327,7 +492,7 @@ class _Step(NamedTuple):
         primals: those arrays.
         inputs: their slots.
         outputs: the slots of what it makes.
-        kind: "linear", "entrywise" or "".
+        kind: "product" with what does not move, "linear", "entrywise" or "".
     """
 
     operation: Callable[..., list[Array]]
@@ -416,7 +581,7 @@ def _record_one(tape: list[_Step], equation: Any, operands: list[Any]) -> list[A
     name = equation.primitive.name
     linear = (
         name in _LINEAR
-        or (name in _LINEAR_IN_ONE and len(places) == 1)
+        or (name == "mul" and len(places) == 1)
         or (name in _LINEAR_IN_FIRST and places == [0])
         or (name == "select_n" and 0 not in places)
     )
@@ -424,7 +589,10 @@ def _record_one(tape: list[_Step], equation: Any, operands: list[Any]) -> list[A
     slots = [start + k for k in range(len(smooth))]
     for i, slot in zip(smooth, slots, strict=True):
         results[i] = _Moving(results[i], slot)
-    kind = "linear" if linear else "entrywise" if name in _ENTRYWISE else ""
+    if name in _PRODUCTS and len(places) == 1:
+        kind = "product"
+    else:
+        kind = "linear" if linear else "entrywise" if name in _ENTRYWISE else ""
     primals = tuple(operands[i].value for i in places)
     tape.append(_Step(operation, primals, [operands[i].slot for i in places], slots, kind))
     return results

@@ -683,7 +683,7 @@ def squared_wasserstein(x: Array, y: Array) -> Array:
     Source: Peyre & Cuturi (2019), "Computational Optimal Transport", section 2.
     """
     x, y = _batches(x, y, names=("x", "y"))
-    rows = _on_host(lambda x, y: _assignment(_costs(x, y)), x, y)
+    rows = _on_host(lambda x, y: _assignment(_costs(x, y, names=("x", "y"))), x, y)
     return jnp.mean(jnp.sum((x - y[rows]).reshape(len(x), -1) ** 2, axis=1))
 
 
@@ -712,13 +712,13 @@ def _finite(name: str, x: np.ndarray) -> None:
         )
 
 
-def _costs(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _costs(x: np.ndarray, y: np.ndarray, names: tuple[str, str] = ("x0", "x1")) -> np.ndarray:
     """Squared distances ``[n, n]`` in float64."""
     from scipy.spatial.distance import cdist
 
     x, y = (z.reshape(len(z), -1).astype(np.float64) for z in (x, y))
-    _finite("x0", x)
-    _finite("x1", y)
+    _finite(names[0], x)
+    _finite(names[1], y)
     return cdist(x, y, "sqeuclidean")
 
 
@@ -791,7 +791,8 @@ def straightness(
         S ``[]`` in squared units of x, and its standard error ``[]`` over the draws; NaN where a solve failed.
 
     Raises:
-        ValueError: fewer than 2 draws, a number of nodes that is not positive, or as ``solvers.odeint``.
+        ValueError: fewer than 2 draws, NaN or infinity in them, a number of nodes that is not positive, or as
+            ``solvers.odeint``.
         TypeError: ``x1`` not of floats.
 
     Source: Liu et al. (2023), section 2.
@@ -828,8 +829,8 @@ def normalised_path_energy(
         NPE ``[]`` and its standard error ``[]`` over the draws, that of W_2^2 not included; NaN where a solve failed.
 
     Raises:
-        ValueError: fewer than 2 draws, a distance that is not positive, a number of nodes that is not, or as
-            ``solvers.odeint``.
+        ValueError: fewer than 2 draws, NaN or infinity in them, a number of nodes that is not positive, or as
+            ``solvers.odeint``; a distance that is not positive, for which under ``jit`` the result is NaN.
         TypeError: ``x1`` not of floats.
 
     Source: Tong et al. (2024), section 5, where it has absolute bars.
@@ -837,7 +838,7 @@ def normalised_path_energy(
     if jnp.shape(squared_distance) != () or (concrete(squared_distance) and not 0 < float(squared_distance) < math.inf):
         raise ValueError(f"squared_distance must be one positive number, got {squared_distance}.")
     energies, _ = _along(velocity, x1, args, num_nodes, options)
-    return _mean(energies / squared_distance - 1)
+    return _mean(energies / jnp.where(squared_distance > 0, squared_distance, jnp.nan) - 1)
 
 
 def _along(
@@ -847,6 +848,8 @@ def _along(
     x1 = floating("x1", x1)
     if x1.ndim == 0 or len(x1) < 2:
         raise ValueError(f"x1 must be [num, *event] with num at least 2, for a standard error, got shape {x1.shape}.")
+    if concrete(x1):
+        _finite("x1", np.asarray(x1))
     rule = quadrature.gauss_legendre(_checks.positive_integer("num_nodes", num_nodes))
     ts = jnp.asarray(rule.nodes[::-1].copy(), x1.dtype)  # from 1 down to 0
     weights = jnp.asarray(rule.weights[::-1].copy(), x1.dtype)

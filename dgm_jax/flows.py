@@ -29,6 +29,7 @@ Sources: Chen et al. (2018), "Neural Ordinary Differential Equations", theorem 1
 (2021), "Score-Based Generative Modeling through Stochastic Differential Equations", appendix D.2.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ import numpy as np
 
 from dgm_jax import _checks, quadrature, solvers
 from dgm_jax import divergence as divergences
-from dgm_jax.probes import HadamardMatrix, hadamard_matrix, hadamard_rows
+from dgm_jax.probes import HadamardMatrix, hadamard_matrix, hadamard_rows, rotated
 from dgm_jax.quadrature import Quadrature
 from dgm_jax.types import Args, Array, Divergence, StructuredField, VectorField
 
@@ -104,8 +105,9 @@ def log_prob(
 
     log p(x) = log p_base(z) + integral from t_data to t_base of div v dt.
 
-    With a ``rule``, the divergences are taken at its nodes, out of the solve. A gradient then needs an adjoint that
-    allows saved times: all of Diffrax's do but ``ImplicitAdjoint``.
+    With a ``rule``, the divergences are taken at its nodes, out of the solve. A derivative then needs an adjoint that
+    allows saved times: in reverse ``RecursiveCheckpointAdjoint``, which is the default, ``DirectAdjoint`` or
+    ``BacksolveAdjoint``, forward ``DirectAdjoint`` or ``ForwardMode``.
 
     Args:
         velocity: v, ``(t [], x [*event], args) -> [*event]``.
@@ -116,7 +118,8 @@ def log_prob(
         divergence: how div v is computed; ``None`` is ``divergence.hutchinson`` where probes are given, else the
             velocity's own where it is a ``StructuredField``, else ``divergence.exact``.
         probes: random vectors for a stochastic divergence ``[num, *event]``, held fixed for the whole solve; with a
-            ``rule`` of n nodes also ``[n, num, *event]``, each node's own.
+            ``rule`` of n nodes also ``[n, num, *event]``, each node's own: ``probes.spread(key, x, n, num)``, and in a
+            basis that suits the field, ``jax.vmap(probes.rotated, (0, None))(probes.spread(key, x, n, num), basis)``.
         log_base: log-density of the base distribution, ``z [*event] -> []``; N(0, I) by default.
         rule: where to take the divergences, from ``quadrature``, such as ``quadrature.gauss_legendre(8)``; ``None``
             takes them in the solve.
@@ -309,10 +312,11 @@ def likelihood(
     t_base: float | Array,
     key: Array | None = None,
     num_probes: int | None = None,
+    basis: Array | None = None,
     probes: Array | None = None,
     log_base: Callable[[Array], Array] = standard_normal,
     in_solve: bool = False,
-    max_nodes: int = 129,
+    max_nodes: int | None = None,
     clock: Callable[[Array], Array] | None = None,
     rtol: float | Array = 1e-5,
     atol: float | Array = 1e-5,
@@ -327,12 +331,18 @@ def likelihood(
     then twice as many each time, until there is a node for every two steps of the solver and the rule agrees with the
     coarser one, to within the tolerance atol + rtol |log p| or as well as the noise of the probes lets one see; or
     until there are ``max_nodes``. Two rules that agree where the one before them was far off are not believed: that
-    may be chance. A peak of the divergence that is narrower than the nodes' spacing, and that the
-    solver's steps know nothing of, is missed, and the interval does not tell: ``in_solve`` is for such fields.
+    may be chance. A peak of the divergence that is narrower than the nodes' spacing, and that the solver's steps know
+    nothing of, is missed, and the interval does not tell: ``in_solve`` is for such fields.
 
     The divergence is exact, unless probes are asked for in one of two ways. With a ``key``, node q has rows q k to
     q k + k - 1 of a randomised Hadamard matrix, k = ``num_probes``, counted round and round: no row is used again
-    before all were, so that the errors of the nodes cancel. The standard error knows which rows nodes share.
+    before all were, so that the errors of the nodes cancel. The standard error knows which rows nodes share. With a
+    ``basis`` Q besides, the rows e become Q e: without error where the columns of Q are the eigenvectors of the
+    symmetric part S of the Jacobian, and with a small one where they are learnt from the S of other examples::
+
+        symmetric = (jacobians + jacobians.swapaxes(-1, -2)) / 2       # [num, m, m], at points of their paths
+        basis = jnp.linalg.eigh(symmetric.mean(0))[1]
+
     With ``probes``, all nodes have the same, and each alone makes an estimate L_k of the integral; the standard error
     is sd(L_k) / sqrt(num). A fixed probe's errors add up along the path: at equal cost, a key is far better.
 
@@ -351,13 +361,17 @@ def likelihood(
             than ``num_probes``, the divergence is taken exactly all the same. So it is where the velocity has its own,
             unless probes in a space of the velocity's take at most half the multiplications.
         num_probes: of each node with a ``key``: a power of two, at least 2; by default 16.
+        basis: Q ``[m, m]``, orthogonal, for the probes that a ``key`` draws, its columns vectors of the m entries of x
+            in a row; with it they are in the space of x, whatever the velocity has. The error bar is right for any Q
+            that does not depend on the key. ``None`` is the identity.
         probes: independent random vectors ``[num, *event]``, num at least 2. With fewer than about 16 probes the
             standard error itself is uncertain: its distribution is Student's.
         log_base: as in ``log_prob``.
         in_solve: carry the divergences in the solve, as FFJORD does; with ``probes`` or exactly. Better where the
             quadrature finds no agreement, and the only way that can be differentiated in reverse: to train, use
             ``log_prob``, with a rule or without.
-        max_nodes: the most nodes: 9, 17, 33, 65, 129, ...
+        max_nodes: the most nodes: 9, 17, 33, 65, 129, ...; by default 129. x(t) is saved at all of them: where the
+            velocity costs little and is smooth, 17 or 33 take half the time.
         clock: as in ``log_prob``.
         rtol: relative tolerance of the reported solve.
         atol: absolute tolerance of the reported solve.
@@ -371,9 +385,10 @@ def likelihood(
         A ``Likelihood``: value, the three errors and their sum, evaluations, divergences, status.
 
     Raises:
-        ValueError: for a single probe, which has no standard error; for a key and probes both, or a key with
-            ``in_solve``; for ``num_probes`` without a key; for numbers of probes or nodes that cannot be; and as
-            ``log_prob``.
+        ValueError: for a single probe, which has no standard error; for a key and probes both; for a key, a clock or
+            ``max_nodes`` with ``in_solve``; for ``num_probes`` or a basis without a key; for a basis that is not
+            orthogonal, which makes the value NaN where it cannot be known now; for numbers of probes or nodes that
+            cannot be; and as ``log_prob``.
         TypeError: where ``x`` is not floats, ``key`` not a typed key, or an argument none of these.
         solvers.SolveError: where a solve fails and nothing is being transformed.
 
@@ -393,6 +408,10 @@ def likelihood(
             )
     if num_probes is not None and key is None:
         raise ValueError("num_probes is for probes drawn here: pass a key with it, such as key=jax.random.key(0).")
+    if basis is not None and key is None:
+        raise ValueError(
+            "basis is for probes drawn here: pass a key with it, or turn your own, probes=probes.rotated(e, basis)."
+        )
     rtol, atol = solvers.tolerances(stepsize_controller, rtol, atol)
     solve = _Solve(
         velocity,
@@ -403,16 +422,28 @@ def likelihood(
         solvers.loosen(stepsize_controller, rtol, atol, dt0, 10.0),
     )
     if in_solve:
-        if key is not None or clock is not None:
-            raise ValueError("key and clock are for divergences at nodes: with in_solve=True pass probes instead.")
+        if key is not None or clock is not None or max_nodes is not None:
+            raise ValueError(
+                "key, clock and max_nodes are for divergences at nodes, and in_solve=True has none: leave them out, "
+                "and pass probes instead of a key."
+            )
         return _likelihood_in_solve(solve, args, probes)
     if key is not None:
         _checks.typed_key(key)
     num = 16 if num_probes is None else _checks.positive_integer("num_probes", num_probes, 2)
     if num & (num - 1):
         raise ValueError(f"num_probes must be a power of two, at least 2, got {num_probes}.")
+    max_nodes = 129 if max_nodes is None else max_nodes
     with jax.default_matmul_precision("highest"):
-        return _likelihood_at_nodes(solve, args, probes, key, num, max_nodes, clock, t_data, t_base)
+        directions = None if basis is None else _directions(basis, x)
+        return _likelihood_at_nodes(solve, args, probes, key, num, directions, max_nodes, clock, t_data, t_base)
+
+
+def _directions(basis: Array, x: Array) -> Array:
+    """The columns of an orthogonal matrix as events ``[m, *event]``; NaN where it is none and that is not known now."""
+    known = jax.ensure_compile_time_eval() if _checks.concrete(basis) else contextlib.nullcontext()
+    with known:  # so that no program carries the product that checks it
+        return rotated(jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape), basis)
 
 
 _FEW_DIMENSIONS = 16  # in which an exact divergence costs no more than a good stochastic one
@@ -475,6 +506,7 @@ def _likelihood_at_nodes(
     probes: Array | None,
     key: Array | None,
     num_probes: int,
+    directions: Array | None,
     max_nodes: int,
     clock: Callable[[Array], Array] | None,
     t_data: float | Array,
@@ -487,7 +519,7 @@ def _likelihood_at_nodes(
     solve = solve.beginning_with(step)
     solution = solvers.solve_ode(solve.velocity, x, args, ts=ts, **solve.options, **solve.tight)
     loose = solvers.solve_ode(solve.velocity, x, args, ts=ts[nested.order[:_FIRST]], **solve.options, **solve.loose)
-    estimate, num, rows = _estimates(solve.velocity, x, args, probes, key, num_probes)
+    estimate, num, rows = _estimates(solve.velocity, x, args, probes, key, num_probes, directions)
 
     def estimates(first: Array | int, ts: Array, xs: Array, num: int) -> Array:
         """``[nodes, num]``: the nodes from ``first`` on, in the order of visits, the first ``num`` probes of each."""
@@ -568,7 +600,13 @@ def _likelihood_at_nodes(
 
 
 def _estimates(
-    velocity: VectorField, x: Array, args: Args, probes: Array | None, key: Array | None, num_probes: int
+    velocity: VectorField,
+    x: Array,
+    args: Args,
+    probes: Array | None,
+    key: Array | None,
+    num_probes: int,
+    directions: Array | None = None,
 ) -> tuple[Callable[[Array, Array, Array, int], Array], int, "_Hadamard | None"]:
     """What estimates the divergence at a node: (q, t, x, num) -> ``[num]`` by the first ``num`` probes of node q.
 
@@ -592,11 +630,12 @@ def _estimates(
         num = min(num_probes, 1 << (dim - 1).bit_length())
         if worth < 2 * num:
             return exact
-        rows = _Hadamard.draw(key, jax.ShapeDtypeStruct((dim,), x.dtype), num)
-        return lambda q, t, x, few: own(t, x, prepared, rows.at_node(q)[:few])[1], num, rows
+        if directions is None:
+            rows = _Hadamard.draw(key, jax.ShapeDtypeStruct((dim,), x.dtype), num)
+            return lambda q, t, x, few: own(t, x, prepared, rows.at_node(q)[:few])[1], num, rows
     if x.size <= max(_FEW_DIMENSIONS, num_probes):
         return exact
-    rows = _Hadamard.draw(key, x, num_probes)
+    rows = _Hadamard.draw(key, x, num_probes, directions)
     return lambda q, t, x, few: forms(t, x, rows.at_node(q)[:few]), num_probes, rows
 
 
@@ -636,16 +675,19 @@ class _Hadamard(NamedTuple):
     matrix: HadamardMatrix
     shape: tuple[int, ...]  # of an event
     num: int  # k, which divides P
+    directions: Array | None  # of the coordinates of a row [m, *event]; those of an event where there are none
 
     @classmethod
-    def draw(cls, key: Array, x: Any, num: int) -> "_Hadamard":
+    def draw(cls, key: Array, x: Any, num: int, directions: Array | None = None) -> "_Hadamard":
         """For examples like ``x``, ``num`` rows a node."""
-        return cls(hadamard_matrix(key, x.size, x.dtype), x.shape, num)
+        return cls(hadamard_matrix(key, x.size, x.dtype), x.shape, num, directions)
 
     def at_node(self, q: Array) -> Array:
         """The probes of the q-th node ``[k, *event]``."""
         rows = hadamard_rows(self.matrix, q * self.num + jnp.arange(self.num, dtype=q.dtype))
-        return rows.reshape(self.num, *self.shape)
+        return (
+            rows.reshape(self.num, *self.shape) if self.directions is None else jnp.tensordot(rows, self.directions, 1)
+        )
 
     def luck(self, places: np.ndarray, num: int) -> np.ndarray:
         """What finds the luck of rows in the logarithms of the nodes' variances, ``num`` of them visited ``[n, n]``.
@@ -865,6 +907,7 @@ _REMEDIES = {
     "key": "only likelihood draws probes itself; pass probes=probes.rademacher(key, x, num), or with a rule of n nodes "
     "probes=probes.spread(key, x, n, num)",
     "num_probes": "it goes with the key of flows.likelihood; as many as probes holds are used",
+    "basis": "it goes with the key of flows.likelihood; turn the probes that you pass, probes.rotated(e, basis)",
     "ts": "states on the way are what solvers.solve_ode(ts=...) returns",
     "t0": "the times are t_data and t_base",
     "t1": "the times are t_data and t_base",

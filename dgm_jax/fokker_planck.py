@@ -31,9 +31,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax import divergence, solvers
+from dgm_jax import divergence as divergences
+from dgm_jax import solvers
 from dgm_jax._checks import concrete, floating, one_time
-from dgm_jax.types import SDE, Args, Array, Divergence, ScalarField, VectorField
+from dgm_jax.types import SDE, Args, Array, Divergence, ScalarField, StructuredField, VectorField
 
 __all__ = [
     "Evolution",
@@ -56,7 +57,7 @@ __all__ = [
 
 
 def rhs_log(
-    sde: SDE, log_density: ScalarField, *, backward: bool = False, divergence: Divergence = divergence.exact
+    sde: SDE, log_density: ScalarField, *, backward: bool = False, divergence: Divergence | None = None
 ) -> ScalarField:
     """The rate of log p at a point, by the equation of Kolmogorov, Fokker and Planck.
 
@@ -69,7 +70,9 @@ def rhs_log(
         sde: drift f and diffusion g, a scalar or a diagonal.
         log_density: log p, ``(t [], x [*event], args) -> []``; a constant added to it changes nothing.
         backward: the SDE is solved towards smaller t.
-        divergence: ``divergence.exact``, or ``divergence.exact_in_chunks(size)`` to bound the memory.
+        divergence: ``divergence.exact``, or ``divergence.exact_in_chunks(size)`` to bound the memory. ``None`` is exact
+            too, and asks what knows its own: a drift that is a ``types.StructuredField`` and, where g is a scalar, a
+            log-density that is a ``divergence.Energy``, or a score that is a ``StructuredField``.
 
     Returns:
         ``(t [], x [*event], args) -> []``, nats per unit of time. An evaluation costs two of grad log p, one of f, and
@@ -93,7 +96,7 @@ def rhs_log(
 
 
 def rhs(
-    sde: SDE, log_density: ScalarField, *, backward: bool = False, divergence: Divergence = divergence.exact
+    sde: SDE, log_density: ScalarField, *, backward: bool = False, divergence: Divergence | None = None
 ) -> ScalarField:
     """The right side of the equation of Kolmogorov, Fokker and Planck at a point: the rate of p.
 
@@ -105,7 +108,7 @@ def rhs(
         sde: drift f and diffusion g.
         log_density: log p, ``(t [], x [*event], args) -> []``.
         backward: the SDE is solved towards smaller t.
-        divergence: ``divergence.exact`` or ``divergence.exact_in_chunks(size)``.
+        divergence: as in ``rhs_log``.
 
     Returns:
         ``(t [], x [*event], args) -> []``, density per unit of time: p times ``rhs_log``, so that where p underflows
@@ -127,7 +130,7 @@ def rhs(
 
 
 def residual(
-    sde: SDE, log_density: ScalarField, *, backward: bool = False, divergence: Divergence = divergence.exact
+    sde: SDE, log_density: ScalarField, *, backward: bool = False, divergence: Divergence | None = None
 ) -> ScalarField:
     """How far a density is from the one that the SDE has: zero where it is right.
 
@@ -138,7 +141,7 @@ def residual(
         log_density: the model's log p, ``(t [], x [*event], args) -> []``. Its derivative in t is taken by one jvp: one
             that solves an ODE needs ``adjoint=diffrax.ForwardMode()``.
         backward: the SDE is solved towards smaller t.
-        divergence: ``divergence.exact`` or ``divergence.exact_in_chunks(size)``.
+        divergence: as in ``rhs_log``.
 
     Returns:
         ``(t [], x [*event], args) -> []``, nats per unit of time; times p it is the residual of the equation in p.
@@ -160,7 +163,7 @@ def residual(
 
 
 def score_residual(
-    sde: SDE, score: VectorField, *, backward: bool = False, divergence: Divergence = divergence.exact
+    sde: SDE, score: VectorField, *, backward: bool = False, divergence: Divergence | None = None
 ) -> VectorField:
     """How far a score is from that of the SDE's density: the score Fokker-Planck equation.
 
@@ -170,7 +173,7 @@ def score_residual(
         sde: drift f and diffusion g.
         score: the model's s, ``(t [], x [*event], args) -> [*event]``, the gradient of a density or not.
         backward: the SDE is solved towards smaller t.
-        divergence: ``divergence.exact`` or ``divergence.exact_in_chunks(size)``.
+        divergence: as in ``rhs_log``.
 
     Returns:
         ``(t [], x [*event], args) -> [*event]``, per unit of x and time. Its cost is a few times that of ``residual``:
@@ -193,7 +196,7 @@ def score_residual(
 
 
 def continuity_residual(
-    velocity: VectorField, log_density: ScalarField, *, divergence: Divergence = divergence.exact
+    velocity: VectorField, log_density: ScalarField, *, divergence: Divergence | None = None
 ) -> ScalarField:
     """How far a density is from the one that a velocity carries: the continuity equation.
 
@@ -204,7 +207,7 @@ def continuity_residual(
     Args:
         velocity: v, ``(t [], x [*event], args) -> [*event]``.
         log_density: log p, ``(t [], x [*event], args) -> []``.
-        divergence: ``divergence.exact`` or ``divergence.exact_in_chunks(size)``.
+        divergence: of v; ``None`` is its own where it is a ``types.StructuredField``, else ``divergence.exact``.
 
     Returns:
         ``(t [], x [*event], args) -> []``, nats per unit of time.
@@ -217,35 +220,55 @@ def continuity_residual(
     """
     score = _gradient(log_density)
 
+    def checked(t: Array, x: Array, args: Args) -> Array:
+        return _like("velocity", velocity(t, x, args), x)
+
+    known = velocity if divergence is None and isinstance(velocity, StructuredField) else checked
+
     def field(t: Array, x: Array, args: Args = None) -> Array:
         t, x = _at(t, x)
-        v, div = divergence(lambda y: _like("velocity", velocity(t, y, args), y), x, None)
+        v, div = divergences.of_field(known, t, x, args, divergence=divergence, name="velocity")
         return _in_time(log_density, t, x, args) + div + jnp.sum(v * score(t, x, args))
 
     return field
 
 
-def _log_rate(sde: SDE, score: VectorField, backward: bool, divergence: Divergence) -> ScalarField:
+def _log_rate(sde: SDE, score: VectorField, backward: bool, divergence: Divergence | None) -> ScalarField:
     """-div w - w . s: the rate of log p where s is its gradient."""
     half = -0.5 if backward else 0.5
 
     def rate(t: Array, x: Array, args: Args) -> Array:
-        def w(y: Array) -> Array:
-            s = _like("score", score(t, y, args), y)
-            squared, slope = _diffusion_squared(sde, t, y, args)
-            return _like("sde.drift", sde.drift(t, y, args), y) - half * (squared * s + slope)
+        f = s = None  # values of what knows its own divergence: by the product rule, they are held still in w
+        known = jnp.zeros((), x.dtype)
+        if divergence is None and isinstance(sde.drift, StructuredField):
+            f, div_f = divergences.of_field(sde.drift, t, x, args, name="sde.drift")
+            known = known + div_f
+        if divergence is None and isinstance(score, StructuredField) and _squared(sde, t, x, args).shape == ():
+            s, div_s = divergences.of_field(score, t, x, args, name="score")
+            known = known - half * _squared(sde, t, x, args) * div_s
 
-        value, div = divergence(w, x, None)
-        return -div - jnp.sum(value * score(t, x, args))
+        def w(y: Array) -> Array:
+            s_y = _like("score", score(t, y, args), y) if s is None else s
+            squared, slope = _diffusion_squared(sde, t, y, args)
+            f_y = _like("sde.drift", sde.drift(t, y, args), y) if f is None else f
+            return f_y - half * (squared * s_y + slope)
+
+        value, div = (divergence or divergences.exact)(w, x, None)
+        return -(div + known) - jnp.sum(value * (score(t, x, args) if s is None else s))
 
     return rate
+
+
+def _squared(sde: SDE, t: Array, x: Array, args: Args) -> Array:
+    """g^2."""
+    return jnp.square(_coefficient(sde.diffusion(t, x, args), x))
 
 
 def _diffusion_squared(sde: SDE, t: Array, x: Array, args: Args) -> tuple[Array, Array]:
     """g^2, and d g_i^2 / dx_i for every i; XLA removes the second where g does not depend on x."""
 
     def squared(y: Array) -> Array:
-        return jnp.square(_coefficient(sde.diffusion(t, y, args), y))
+        return _squared(sde, t, y, args)
 
     value = squared(x)
     if value.shape == ():
@@ -257,6 +280,8 @@ def _diffusion_squared(sde: SDE, t: Array, x: Array, args: Args) -> tuple[Array,
 
 def _gradient(log_density: ScalarField) -> VectorField:
     """grad log p, of a log p that is held to be a scalar."""
+    if isinstance(log_density, divergences.Energy):
+        return divergences.gradient(log_density)
 
     def gradient(t: Array, x: Array, args: Args) -> Array:
         return jax.grad(lambda y: _scalar("log_density", log_density(t, y, args), y))(x)

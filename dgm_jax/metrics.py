@@ -285,7 +285,8 @@ def mmd(x: Array, y: Array, bandwidth: float | Array) -> tuple[Array, Array]:
 
     Raises:
         TypeError: samples not of floats or of two dtypes.
-        ValueError: samples not ``[n, d]`` with one d, fewer than 4, NaN or infinite; bandwidth not positive.
+        ValueError: samples not ``[n, d]`` with one d, fewer than 4, NaN or infinite; bandwidth not positive, for which
+            under ``jit`` the result is NaN.
 
     Source: Gretton et al. (2012), "A kernel two-sample test", equation 3; the variance with its second-order terms
     as in Sutherland and Deka (2019), "Unbiased estimators for the variance of MMD estimators".
@@ -296,6 +297,7 @@ def mmd(x: Array, y: Array, bandwidth: float | Array) -> tuple[Array, Array]:
     if concrete(bandwidth) and not 0 < float(bandwidth) < math.inf:
         raise ValueError(f"bandwidth must be positive, got {float(bandwidth)}: try median_distance(x, y).")
     width = jnp.asarray(bandwidth, x.dtype)
+    width = jnp.where(width > 0, width, jnp.nan)
     return _two_sample(lambda squared: jnp.exp(-squared / (2 * width**2)), x, y)
 
 

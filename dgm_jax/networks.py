@@ -35,7 +35,8 @@ import numpy as np
 from flax import linen as nn
 
 from dgm_jax import _checks, structured
-from dgm_jax.types import Array, ScalarField, StructuredField, VectorField
+from dgm_jax.divergence import Energy
+from dgm_jax.types import Array, StructuredField, VectorField
 
 __all__ = [
     "MLP",
@@ -50,24 +51,6 @@ __all__ = [
 ]
 
 
-class Energy(NamedTuple):
-    """A scalar field that knows its Laplacian, as a ``types.StructuredField`` knows its divergence.
-
-    Attributes:
-        field: ``(t [], x [d], params) -> []``.
-        prepare: ``params -> prepared``, any pytree of arrays: what does not depend on t and x.
-        with_laplacian: ``(t [], x [d], prepared) -> (field(t, x, params) [], its Laplacian over x [])``.
-    """
-
-    field: ScalarField
-    prepare: Callable[[Any], Any]
-    with_laplacian: Callable[[Array, Array, Any], tuple[Array, Array]]
-
-    def __call__(self, t: Array, x: Array, args: Any) -> Array:
-        """field(t, x, args)."""
-        return self.field(t, x, args)
-
-
 def vector_field(net: nn.Module, *, precision: str | None = None) -> VectorField:
     """A Flax linen module as a vector field, f(t, x, params) = net.apply(params, t, x).
 
@@ -78,11 +61,12 @@ def vector_field(net: nn.Module, *, precision: str | None = None) -> VectorField
             full float32: rounding to TF32 or bfloat16 makes an adaptive solver take many small steps.
 
     Returns:
-        ``(t [], x [*event], params) -> [*event]``, params as ``net.init`` made them. Of an :class:`MLP` from a space
-        to itself, without ``out_features``, it is a ``types.StructuredField``, which knows its exact divergence for
-        little more than its value whatever the dimension (see ``structured.chain_trace``), and so it is of a
-        :class:`HollowNet` and of an :class:`OTFlow`. With three and more wide hidden layers the exact divergence of an
-        MLP is dear; it offers estimates by probes in its narrowest space too (see ``structured.chain_forms``).
+        ``(t [], x [*event], params) -> [*event]``, params as ``net.init`` made them. Of an :class:`MLP` it is a
+        ``types.StructuredField``, which knows its exact divergence for little more than its value whatever the
+        dimension (see ``structured.chain_trace``), and so it is of a :class:`HollowNet` and of an :class:`OTFlow`. With
+        three and more wide hidden layers the exact divergence of an MLP is dear; it offers estimates by probes in its
+        narrowest space too (see ``structured.chain_forms``). An MLP whose ``out_features`` are not the dimension of x
+        has no divergence: to ask for it is a ``ValueError``.
     """
     return _field(net, lambda args: (args,), precision)
 
@@ -628,7 +612,7 @@ def _field(net: nn.Module, split: Callable[[Any], tuple], precision: str | None)
         with products():
             return cast(Array, net.apply(params, t, x, *label))
 
-    if isinstance(net, MLP) and net.out_features is None and _entrywise(net.activation, net.param_dtype):
+    if isinstance(net, MLP) and _entrywise(net.activation, net.param_dtype):
         own = _of_mlp(net)
     elif isinstance(net, HollowNet) and _entrywise(net.activation, net.param_dtype):
         own = _of_hollow_net(net)

@@ -6,8 +6,8 @@ Write S = (A + A^T) / 2 and m for the number of entries of x. One probe estimate
     gaussian     2 |S|_F^2
     sphere       2 m / (m + 2) (|S|_F^2 - (tr S)^2 / m)  exact for S a multiple of the identity
     orthogonal   the sphere's for one probe; (m - num) / (m - 1) times 1 / num of it for num, zero at num = m
-    hadamard     rademacher's for one probe; (P - num) / (P - 1) times 1 / num of it for num, zero at num = P, P the
-                 least power of two that is not below m; zero at num = m too
+    hadamard     rademacher's for one probe; (P - num) / (P - 1) times 1 / num of it for num below m, P the least
+                 power of two that is not below m; zero for every num from m on
     grouped      2 sum_g sum_(i != j in group g) S_ij^2  for one draw of all groups
 
 ``rotated`` turns any of them into another basis, where S may be nearer to diagonal. An example ``x`` is an array, or a
@@ -147,52 +147,53 @@ def orthogonal(key: Array, x: Any, num: int = 1) -> Any:
 
 
 def hadamard(key: Array, x: Any, num: int = 1) -> Any:
-    """Draw rows of a randomised Hadamard matrix: signs that together leave nothing of the noise.
+    """Draw rows of a randomised Hadamard matrix: signs that together leave less noise, and none from m of them on.
 
     With P the least power of two that is not below m, H_ij = (-1)^(number of ones in the bits of i & j) has
     H^T H = P I. A vector is a row of H, cut to the m coordinates, times one random sign a coordinate; rows come in
-    random order without replacement, and in the same order again after P of them. Each one alone is a draw of
-    ``rademacher``. Of ``num`` up to P the mean e^T A e has
+    random order without replacement. Each one alone is a draw of ``rademacher``. Of ``num`` below m the mean has
 
         Var = 2 / num (|S|_F^2 - sum_i S_ii^2) (P - num) / (P - 1),
 
     and P of them give the trace exactly, sum_i e_i e_i^T = P I.
 
-    Where m is not a power of two, num = m is a set of its own, exact too: the unit vectors times sqrt(m), in random
-    order and with random signs. Between m and P there is no use for more products, and an error.
+    From num = m on the trace is exact for every num, sum_i e_i e_i^T = num I. For multiples of P these are the rows of
+    H, in the same order again after P of them. For num = m the unit vectors times sqrt(m), in random order and with
+    random signs. For all others the rows of the Hartley matrix of order num, cut, in random order and with random
+    signs: T_ij = cos(2 pi i j / num) + sin(2 pi i j / num) has T^T T = num I for any order. Its entries are no signs,
+    and a row alone has identity covariance over its random place.
 
-    ``trace.hutchinson(matvec, probes, population=P)`` gives the standard error; population=m for num = m.
+    ``trace.hutchinson(matvec, probes, population=P)`` gives the standard error below m; from m on population=num does,
+    which is 0.
 
     Args:
         key: a typed key.
         x: one example ``[*event]``, or a pytree; only shapes and dtype matter.
-        num: how many vectors, at least 1; up to m, or from P on. Time grows as num m, with no P x P matrix.
+        num: how many vectors, at least 1. More than m are of no use. Time grows as num m, with no P x P matrix.
 
     Returns:
-        ``[num, *event]`` in the dtype of ``x``, of entries +1 and -1 (for num = m that is not a power of two, of one
-        entry each that is not zero).
+        ``[num, *event]`` in the dtype of ``x``; below m and for multiples of P of entries +1 and -1.
 
     Raises:
         TypeError: an old-style key, or ``x`` not of floats of one dtype.
-        ValueError: ``num`` less than 1 or between m and P, or ``x`` without entries.
+        ValueError: ``num`` less than 1, or ``x`` without entries.
 
     Source: Sylvester (1867), "Thoughts on inverse orthogonal matrices, simultaneous sign successions, and tessellated
     pavements in two or more colours"; Fika and Koukouvinos (2017), "Stochastic estimates for the trace of functions
-    of matrices via Hadamard matrices".
+    of matrices via Hadamard matrices"; Bracewell (1983), "Discrete Hartley transform".
     """
     key, num = _key_and_num(key, num)
     m, dtype, unravel = _example(x)
     order = 1 << (m - 1).bit_length()
-    if m < num < order:
-        raise ValueError(
-            f"num is {num}, but x {_shape(x)} has {m} entries: pass num={m}, which gives the exact trace, or "
-            f"num={order}, the order of the Hadamard matrix."
-        )
-    if num == m < order:
-        key_signs, key_rows = jax.random.split(key)
-        signs, rows = jax.random.rademacher(key_signs, (m,), dtype), jax.random.permutation(key_rows, m)
+    if num < m or num % order == 0:
+        return unravel(hadamard_rows(hadamard_matrix(key, m, dtype), jnp.arange(num)))
+    key_signs, key_rows = jax.random.split(key)
+    signs, rows = jax.random.rademacher(key_signs, (m,), dtype), jax.random.permutation(key_rows, num)
+    if num == m:
         return unravel(math.sqrt(m) * jax.nn.one_hot(rows, m, dtype=dtype) * signs[None, :])
-    return unravel(hadamard_rows(hadamard_matrix(key, m, dtype), jnp.arange(num)))
+    places = rows.astype(jnp.uint32)[:, None] * jnp.arange(m, dtype=jnp.uint32)[None, :] % num
+    table = np.arange(num) * (2 * np.pi / num)
+    return unravel(jnp.asarray(np.cos(table) + np.sin(table), dtype)[places] * signs[None, :])
 
 
 class HadamardMatrix(NamedTuple):
@@ -238,8 +239,9 @@ def hadamard_rows(matrix: HadamardMatrix, indices: Array) -> Array:
 def spread(key: Array, x: Any, num_nodes: int, num: int) -> Any:
     """Draw probes for the nodes of a quadrature rule along a path, no Hadamard row used again before all were.
 
-    Node q has the rows q num to q num + num - 1 of ``hadamard``, counted round and round. Where the Jacobian changes
-    little along the path, the errors of the nodes cancel, while those of probes that are the same at all nodes add up.
+    Node q has the rows q num to q num + num - 1 of a Hadamard matrix, counted round and round (``hadamard_rows``).
+    Where the Jacobian changes little along the path, the errors of the nodes cancel, while those of probes that are the
+    same at all nodes add up.
 
     Args:
         key: a typed key.
@@ -361,7 +363,11 @@ def rotated(probes: Any, basis: Array) -> Any:
     """Turn probes into another basis, e -> Q e, Q orthogonal: identity covariance stays.
 
     e^T A e becomes e^T (Q^T A Q) e, so Rademacher's variance is 2 (|S|_F^2 - sum_i (q_i^T S q_i)^2), q_i the columns:
-    none where they are the eigenvectors of S.
+    none where they are the eigenvectors of S. Wins where maps of one kind share them nearly. With the eigenvectors of
+    the mean Jacobian at other digits, the relative error on Jacobians of a field trained on digits is 0.036 with 2
+    Rademacher probes and 0.024 with 4, half of 0.063 and 0.047 without; of a flow trained by maximum likelihood 0.048
+    and 0.033, without 0.16 and 0.11. Learnt ``grouped`` probes have 0.057 and 0.033, and 0.13 and 0.080; from 16 and 32
+    products on, they have less (benchmarks/trace_estimators.py).
 
     Args:
         probes: ``[num, *event]``, or a pytree of such leaves.

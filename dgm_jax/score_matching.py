@@ -86,8 +86,8 @@ def implicit(
         t: time ``[]``.
         x: one example ``[*event]``, from the true density.
         args: passed to the score: parameters, conditioning.
-        divergence: how tr ds/dx is computed; ``None`` is ``divergence.exact``, or ``divergence.hutchinson`` where
-            ``probes`` are given.
+        divergence: how tr ds/dx is computed; ``None`` is the score's own where it is a ``types.StructuredField``, else
+            ``divergence.exact``, or ``divergence.hutchinson`` where ``probes`` are given.
         probes: random vectors for a stochastic divergence ``[num, *event]``.
 
     Returns:
@@ -102,9 +102,7 @@ def implicit(
     """
     x = floating("x", x)
     t = one_time(t, x.dtype)
-    if divergence is None:
-        divergence = divergences.exact if probes is None else divergences.hutchinson
-    s, trace = divergence(lambda y: evaluate("score", score, t, y, args), x, probes)
+    s, trace = divergences.of_field(score, t, x, args, divergence=divergence, probes=probes, name="score")
     return 0.5 * jnp.sum(s**2) + trace
 
 
@@ -211,7 +209,8 @@ def score_of(log_density: ScalarField) -> VectorField:
         log_density: log p up to a constant, ``(t [], x [*event], args) -> []``. Of an energy E, pass -E.
 
     Returns:
-        ``(t [], x [*event], args) -> [*event]``.
+        ``(t [], x [*event], args) -> [*event]``. Of a ``divergence.Energy``, such as ``networks.energy`` makes, it is a
+        ``types.StructuredField``, whose divergence is the Laplacian that the energy knows.
 
     Raises:
         ValueError: when called, a log-density that is not a scalar.
@@ -219,6 +218,8 @@ def score_of(log_density: ScalarField) -> VectorField:
 
     Source: Hyvarinen (2005), "Estimation of non-normalized statistical models by score matching", section 2.
     """
+    if isinstance(log_density, divergences.Energy):
+        return divergences.gradient(log_density)
     scalar = _scalar(log_density)
 
     def score(t: Array, x: Array, args: Args = None) -> Array:
@@ -232,7 +233,8 @@ def implicit_log_density(log_density: ScalarField, t: Array, x: Array, args: Arg
 
     1/2 |grad log p(t, x)|^2 + lap log p(t, x),
 
-    that is ``implicit`` of ``score_of(log_density)``: the trace of its Jacobian is the Laplacian.
+    that is ``implicit`` of ``score_of(log_density)``: the trace of its Jacobian is the Laplacian, which a
+    ``divergence.Energy`` knows.
 
     Args:
         log_density: log p up to a constant, ``(t [], x [*event], args) -> []``, smooth. Of an energy E, pass -E.

@@ -56,11 +56,18 @@ def random_features(key: Array, z: Array, labels: Array, *, num: int = 128) -> C
     Returns:
         ``[m, d] -> [m]``, positive where class 1 is likelier than it is among all.
 
+    Raises:
+        TypeError: an old-style key, or examples not of floats.
+        ValueError: examples not ``[n, d]``, fewer than 2, NaN or infinite; labels not ``[n]``; num not positive.
+
     Source: Rahimi and Recht (2007), "Random features for large-scale kernel machines", algorithm 1; Golub et al.
     (1979), "Generalized cross-validation as a method for choosing a good ridge parameter", section 1.
     """
     key_scale, key_wave, key_phase, key_pairs = jax.random.split(typed_key(key), 4)
+    (z,) = checked(least=2, reason="a classifier", z=z)
     num, (n, d) = at_least("num", num, 1), z.shape
+    if jnp.shape(labels) != (n,):
+        raise ValueError(f"labels has shape {jnp.shape(labels)}, but z has {n} examples: one label, 0 or 1, for each.")
     pairs = z - z[jax.random.permutation(key_pairs, n)]
     distances = jnp.sqrt(jnp.sum(pairs**2, axis=1))
     median, mean = jnp.median(distances), jnp.mean(distances)
@@ -122,14 +129,17 @@ def classifier_test(
 
     Raises:
         TypeError: an old-style key, samples not of floats or of two dtypes.
-        ValueError: samples not ``[n, d]`` with one d, fewer than 20, NaN or infinite; ``train_share`` that leaves fewer
-            than 5 of them to train or to test; ``predict`` that does not return one number for each sample.
+        ValueError: samples not ``[n, d]`` with one d, fewer than 20, NaN or infinite; ``train_share`` not between 0 and
+            1, or one that leaves fewer than 5 of them to train or to test; ``predict`` that does not return one number
+            for each sample.
 
     Source: Lopez-Paz and Oquab (2017), "Revisiting classifier two-sample tests", section 3; the p-value is the exact
     one of their normal approximation.
     """
     key_x, key_y, key_order, key_fit = jax.random.split(typed_key(key), 4)
     x, y = checked(least=20, reason="a classifier with samples to test it", x=x, y=y)
+    if not 0 < train_share < 1:
+        raise ValueError(f"train_share must be between 0 and 1, got {train_share}: 0.5 is usual.")
     train = [int(len(z) * train_share) for z in (x, y)]
     if not all(5 <= num <= len(z) - 5 for num, z in zip(train, (x, y), strict=True)):
         raise ValueError(

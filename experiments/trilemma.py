@@ -75,6 +75,8 @@ class Config:
     """Which data sets."""
     rows: tuple[Row, ...] = ROWS
     """Which models."""
+    beta: float = 1.0
+    """Weight of the divergence from the prior in what the VAE learns by (Higgins et al., 2017)."""
 
 
 class Sizes(NamedTuple):
@@ -104,6 +106,8 @@ def check(config: Config) -> tuple[float, int]:
         raise ValueError(f"seconds must be positive and finite, got {seconds}.")
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}: 3 for intervals over them.")
+    if not 0 < config.beta < math.inf:
+        raise ValueError(f"beta must be positive and finite, got {config.beta}: 1 is the bound of log p.")
     for name, given, known in (("data", config.data, models.TASKS), ("rows", config.rows, models.BUILDERS)):
         unknown = [one for one in given if one not in known]
         if unknown or not given or len(set(given)) < len(given):
@@ -502,6 +506,7 @@ def progress(total: int) -> Callable[[str], None]:
 def one_row(
     task: Task,
     row: Row,
+    model: Model,
     folders: dict[int, Path],
     seconds: float,
     sizes: Sizes,
@@ -510,7 +515,6 @@ def one_row(
 ) -> None:
     """Trains and measures a model on a data set for each of these seeds; each ends in a file of its own."""
     began = time.perf_counter()
-    model = models.BUILDERS[row](task)
     chunk, tools = compiled(model), instruments(model)
     compiling = time.perf_counter() - began
     for seed, folder in folders.items():
@@ -549,7 +553,8 @@ def main(config: Config) -> dict[str, Any]:
         found = {models.TITLES["data"]: measure_data(task, sizes, judge, seeds)}
         for row in config.rows:
             if left[data, row]:
-                one_row(task, row, left[data, row], seconds, sizes, judge, tell)
+                options = {"beta": config.beta} if row == "vae" else {}
+                one_row(task, row, models.BUILDERS[row](task, **options), left[data, row], seconds, sizes, judge, tell)
             files = [folder(data, row, seed) / "metrics.json" for seed in range(seeds)]
             ends = [json.loads(file.read_text(encoding="utf-8")) for file in files]
             spent += [one["seconds_training"] for one in ends]

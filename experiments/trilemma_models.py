@@ -337,8 +337,8 @@ def denoising_gan(task: Task) -> Model:
 # -------------------------------------------------------------------------------------------------- latent variables
 
 
-def gaussian_vae(task: Task) -> Model:
-    """Kingma and Welling (2014), beta = 1, with a decoder that learns a variance for each entry of pixels.
+def gaussian_vae(task: Task, beta: float = 1.0) -> Model:
+    """Kingma and Welling (2014), unless beta is another, with a decoder that learns a variance for each entry of pixels.
 
     In the plane it learns one for all (Rybkin et al., 2021), which begins small: with a large one nothing is lost by an
     encoder that says nothing, and from there learning does not come back.
@@ -360,7 +360,7 @@ def gaussian_vae(task: Task) -> Model:
 
     def loss(params: Any, key: Array, x: Array) -> Array:
         noise = jax.random.normal(key, (len(x), latent))
-        return -jnp.mean(jax.vmap(lambda x, e: vae.elbo(encoder, decoder, x, e, params).value)(x, noise))
+        return -jnp.mean(jax.vmap(lambda x, e: vae.elbo(encoder, decoder, x, e, params, beta=beta).value)(x, noise))
 
     def log_prob(params: Any, key: Array, x: Array) -> tuple[Array, Array]:
         return vae.importance_weighted(encoder, decoder, x, jax.random.normal(key, (draws, latent)), params)
@@ -553,7 +553,7 @@ def diffusion(task: Task) -> Model:
 STEPS, ANCESTRAL_STEPS = 25, 100
 
 
-BUILDERS: dict[str, Callable[[Task], Model]] = {
+BUILDERS: dict[str, Callable[..., Model]] = {
     "gan": gan,
     "wgan_gp": wgan_gp,
     "vae": gaussian_vae,

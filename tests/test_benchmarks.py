@@ -71,6 +71,32 @@ def test_the_page_shows_tables_and_pictures(load, tmp_path):
     assert "No run of it" in script.section(script.Section("sampling", "at most 2"), tmp_path)
 
 
+def test_the_page_sets_tables_side_by_side_and_leaves_lines_out(load):
+    """Of three tables two have the same columns; each line keeps its numbers, and what is missing is a dash."""
+    script = load("page")
+
+    def table(title, header, *rows):
+        return {"title": title, "header": header, "rows": [list(row) for row in rows]}
+
+    tables = [
+        table("Error: a", ["way", "1", "2"], ["x", "0.1", "0.2"], ["y", "0.3", "0.4"]),
+        table("Error of it", ["way", "1", "2"], ["x", "7", "8"]),
+        table("Error: b", ["way", "1", "2"], ["x", "0.5", "0.6"], ["z", "0.7", "0.8"]),
+        table("Error: c", ["way", "4"], ["x", "0.9"]),
+    ]
+    first, other, last = script.side_by_side(tables, "Error")
+    assert first["title"] == "Error (1 / 2)"
+    assert first["header"] == ["way", "a", "b"]
+    assert first["rows"] == [["x", "0.1 / 0.2", "0.5 / 0.6"], ["y", "0.3 / 0.4", "-"], ["z", "-", "0.7 / 0.8"]]
+    assert other == tables[1]
+    assert (last["header"], last["rows"]) == (["way", "c"], [["x", "0.9"]])
+    memory = table("Memory, MB", ["m, B", "f"], ["2, 64", "1"], ["2, 512", "3"])
+    short = script.shorten(memory, (("Memory", ", 64", "B = 64"),))
+    assert short["rows"] == [["2, 64", "1"]]
+    assert short["title"] == "Memory, MB (B = 64; the JSON has all)"
+    assert script.shorten(memory, (("Time", ", 64", "B = 64"),)) == memory
+
+
 def test_both_ways_to_step_are_the_same_process(load):
     """x_n of x' = -x with noise 0.7 in n = 10 steps from 1 has mean (1 - dt)^n and variance
     0.49 dt sum_k (1 - dt)^(2k); 8,192 entries, 4.5 sigma each: false alarms 3e-5 in all, keys fixed."""

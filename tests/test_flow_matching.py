@@ -552,7 +552,17 @@ def test_a_failed_solve_is_not_a_number():
 # ------------------------------------------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize("coupling", [fm.independent, fm.optimal, partial(fm.sinkhorn, epsilon=1.0)])
+@pytest.mark.parametrize(
+    "coupling",
+    [
+        fm.independent,
+        fm.optimal,
+        partial(fm.conditional, conditions=jnp.zeros(6, jnp.int32)),
+        partial(fm.sinkhorn, epsilon=1.0),
+        lambda key, x0, x1: fm.sinkhorn_plan(x0, x1, epsilon=1.0),
+    ],
+    ids=["independent", "optimal", "conditional", "sinkhorn", "sinkhorn_plan"],
+)
 def test_batches_that_do_not_fit_are_named(coupling):
     good, bad = draws(1, 6, 2), draws(1, 6, 2).at[3, 1].set(jnp.nan)
     with pytest.raises(ValueError, match=r"x0 has shape \(6, 2\) and x1 \(5, 2\)"):
@@ -565,6 +575,20 @@ def test_batches_that_do_not_fit_are_named(coupling):
         coupling(KEY, jnp.arange(6), good)
     with pytest.raises(TypeError, match="one dtype"):
         coupling(KEY, good, good.astype(jnp.float32))
+
+
+def test_samples_that_do_not_fit_are_named_as_they_were_given():
+    """The distance calls its arguments x and y, under jit too, where the host finds the NaN."""
+    good, bad = draws(1, 6, 2), draws(1, 6, 2).at[3, 1].set(jnp.nan)
+    with pytest.raises(ValueError, match=r"x has shape \(6, 2\) and y \(5, 2\)"):
+        fm.squared_wasserstein(good, good[:5])
+    with pytest.raises(ValueError, match="at least 1"):
+        fm.squared_wasserstein(good[:0], good[:0])
+    with pytest.raises(ValueError, match="y has NaN or infinity in 1 of 6 rows, the first 3"):
+        fm.squared_wasserstein(good, bad)
+    for name, pair in (("x", (bad, good)), ("y", (good, bad))):
+        with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=f"ValueError: {name} has NaN or infinity"):
+            jax.block_until_ready(jax.jit(fm.squared_wasserstein)(*pair))
 
 
 def test_bad_conditions_are_named():
@@ -613,7 +637,12 @@ def test_bad_arguments_of_losses_and_paths():
         fm.linear(-1.0)
     with pytest.raises(ValueError, match="data and source must have one dimension d"):
         fm.marginal(DATA, rotated_mixture(3), fm.linear())
-    with pytest.raises(ValueError, match="num at least 2"):
-        fm.straightness(same, jnp.zeros((1, 2)))
+    for measure in (fm.straightness, partial(fm.normalised_path_energy, squared_distance=1.0)):
+        with pytest.raises(ValueError, match="num at least 2"):
+            measure(same, jnp.zeros((1, 2)))
+        with pytest.raises(ValueError, match="x1 has NaN or infinity in 1 of 4 rows, the first 2"):
+            measure(same, jnp.zeros((4, 2)).at[2, 0].set(jnp.inf))
     with pytest.raises(ValueError, match="squared_distance must be one positive number, got 0"):
         fm.normalised_path_energy(same, jnp.zeros((4, 2)), 0.0)
+    under_jit = jax.jit(lambda distance: fm.normalised_path_energy(same, jnp.ones((4, 2)), distance, throw=False))
+    assert np.isnan(under_jit(-1.0)).all()

@@ -137,6 +137,25 @@ def ill_conditioned(dim, dtype):
     return density._replace(covariances=jnp.asarray(covariances, dtype))
 
 
+def one_gaussian(dim, dtype):
+    """The widest turned component, alone."""
+    density = rotated_mixture(dim, dtype)
+    return densities.gaussian(density.means[2], density.covariances[2])
+
+
+def of_one_class(dim, dtype):
+    """The mixture's points of one class: components of weight zero."""
+    return densities.condition(rotated_mixture(dim, dtype), [0, 1, 1], 1)
+
+
+def noisy(dim, dtype):
+    """The mixture at a third of the way to noise."""
+    return densities.diffuse(rotated_mixture(dim, dtype), SCHEDULES["vp"], jnp.asarray(0.3, dtype))
+
+
+ORACLES = (rotated_mixture, far_apart, ill_conditioned, one_gaussian, of_one_class, noisy)
+
+
 @functools.cache
 def exact_probability_flow(dim, dtype, tolerance, in_solve=True, mixture=rotated_mixture):
     """The likelihood by probability flow, from the exact velocity to the exact p_1, at 16 draws of a mixture.
@@ -303,23 +322,39 @@ def curved(t, x, a):
 @slow
 @pytest.mark.parametrize(("dim", "dtype"), [(2, jnp.float32), (5, jnp.float32), (2, jnp.float64)])
 def test_a_likelihood_with_nothing_chosen_covers_the_truth_on_every_oracle(dim, dtype):
-    """Three mixtures, six schedules, 16 points each: 283 of 288 within two reported errors, none 3e-3 beyond.
+    """Six densities, six schedules, 16 points each: 566 of 576 within two reported errors, none 3e-3 beyond.
 
     The solver's part is the difference of two solves, which may be small by chance where the error is not. With an
     ill-conditioned mixture edm's divergence has a peak at the data that asks for another clock, and the error says so.
     """
     outside = 0
-    for mixture in (rotated_mixture, far_apart, ill_conditioned):
-        solve, truth = exact_probability_flow(dim, dtype, 1e-5, in_solve=False, mixture=mixture)
+    for oracle in ORACLES:
+        solve, truth = exact_probability_flow(dim, dtype, 1e-5, in_solve=False, mixture=oracle)
         for index, name in enumerate(SCHEDULES):
             found = solve(index)
             error = jnp.abs(found.log_prob - truth)
             outside += int(jnp.sum(error > 2 * found.error))
-            where = mixture.__name__, name
+            where = oracle.__name__, name
             assert jnp.all(error <= 2 * found.error + 3e-3), where  # NaN does not pass
             assert float(jnp.median(found.error)) < (0.5 if where == ("ill_conditioned", "edm") else 0.05), where
             assert jnp.all(found.stderr == 0)
-    assert outside <= 5
+    assert outside <= 10
+
+
+@pytest.mark.parametrize("oracle", [one_gaussian, pytest.param(rotated_mixture, marks=slow)])
+def test_a_likelihood_with_nothing_chosen_at_all(oracle):
+    """Where the schedule ends in N(0, I), the base is the default too: 194 of 200 points within two reported errors.
+
+    Of 2,000 others 0.9935 were: the chance of more than 6 outside is 3e-4.
+    """
+    schedule = SCHEDULES["linear"]
+    density = oracle(3, jnp.float64)
+    x = densities.sample(jax.random.key(3), density, 200)
+    velocity = densities.velocity(density, schedule)
+    found = jax.jit(jax.vmap(lambda x: flows.likelihood(velocity, x, None, t_data=0.0, t_base=1.0)))(x)
+    error = jnp.abs(found.log_prob - jax.vmap(lambda x: densities.log_prob(density, x))(x))
+    assert jnp.sum(error <= 2 * found.error) >= 194
+    assert float(jnp.median(found.error)) < 1e-3
 
 
 @slow
@@ -364,6 +399,50 @@ def test_the_log_signal_to_noise_ratio_is_the_better_clock_for_a_steep_path():
     assert errors["log_snr"] < 1e-6 < 1e-5 < errors["time"], errors
 
 
+def parabola(t, x, a):
+    return a * x**2
+
+
+def of_parabola(a, x):
+    """Along x(t) = x / (1 - a x t) the divergence is the sum of 2 a x(t): log p in closed form."""
+    return jnp.sum(jax.scipy.stats.norm.logpdf(x / (1 - a * x)) - 2 * jnp.log(1 - a * x))
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "derivative"),
+    [
+        pytest.param(None, jax.grad, marks=slow),
+        (diffrax.DirectAdjoint(), jax.grad),
+        pytest.param(diffrax.BacksolveAdjoint(), jax.grad, marks=slow),
+        pytest.param(diffrax.DirectAdjoint(), jax.jacfwd, marks=slow),
+        (diffrax.ForwardMode(), jax.jacfwd),
+    ],
+    ids=["recursive checkpoint", "direct", "backsolve", "direct, forward", "forward mode"],
+)
+def test_gradients_through_saved_states_by_every_adjoint(adjoint, derivative):
+    """Of log p at nodes, by the parameters and by x, where the divergence depends on both."""
+    a, x = jnp.array([0.5, -0.2, 0.3]), jnp.array([0.4, 0.8, -1.1])
+    rule = quadrature.gauss_legendre(8)
+    solved = derivative(lambda a, x: flows.log_prob(parabola, x, a, rule=rule, adjoint=adjoint, **TIGHT), (0, 1))
+    assert_trees_all_close(jax.jit(solved)(a, x), jax.grad(of_parabola, (0, 1))(a, x), atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "derivative", "error", "message"),
+    [
+        (None, jax.jacfwd, TypeError, r"forward-mode.*DirectAdjoint\(\).*ForwardMode\(\)"),
+        (diffrax.BacksolveAdjoint(), jax.jacfwd, TypeError, r"forward-mode.*DirectAdjoint\(\)"),
+        (diffrax.ForwardMode(), jax.grad, ValueError, "Reverse-mode differentiation does not work"),  # JAX's own
+        (diffrax.ImplicitAdjoint(), jax.grad, ValueError, r"ImplicitAdjoint.*DirectAdjoint\(\)"),
+    ],
+    ids=["recursive checkpoint", "backsolve", "forward mode", "implicit"],
+)
+def test_adjoints_say_what_they_cannot(adjoint, derivative, error, message):
+    options = {"rule": quadrature.gauss_legendre(2), "adjoint": adjoint, **TIMES}
+    with pytest.raises(error, match=message):
+        derivative(lambda a: flows.log_prob(linear, X, a, **options))(A)
+
+
 @slow
 @pytest.mark.parametrize("adjoint", ["recursive checkpoint", "backsolve"])
 def test_a_rule_gives_the_value_and_the_gradient_of_the_solve(adjoint):
@@ -389,17 +468,25 @@ def test_probes_of_every_node_are_its_own():
     assert_trees_all_close(estimate, exact_log_prob(A, X) - np.trace(A) + rule.weights @ forms, atol=1e-8)
 
 
-@slow
-def test_random_nodes_are_unbiased():
-    """The mean over 2,000 draws of 3 stratified nodes, within four standard errors (false alarms 6e-5)."""
-    solve = jax.jit(
-        jax.vmap(
-            lambda key: flows.log_prob(
-                curved, X, A, rule=quadrature.stratified(key, 3, jnp.float64), rtol=1e-8, atol=1e-8, **TIMES
-            )
-        )
-    )
-    found = solve(jax.random.split(jax.random.key(0), 2000))
+@pytest.mark.parametrize(
+    ("clock", "num_probes"),
+    [pytest.param(None, None, marks=slow), pytest.param(jnp.exp, None, marks=slow), (lambda t: (t + 0.1) ** -2.0, 2)],
+    ids=["time", "clock", "clock and probes"],
+)
+def test_random_nodes_are_unbiased(clock, num_probes):
+    """The mean over 2,000 draws of 3 stratified nodes, within four standard errors (false alarms 6e-5).
+
+    With and without a clock in which they lie, which runs backwards in one case, and rows of their own.
+    """
+
+    def solve(key):
+        key_nodes, key_probes = jax.random.split(key)
+        rule = quadrature.stratified(key_nodes, 3, jnp.float64)
+        own = None if num_probes is None else probes.spread(key_probes, X, 3, num_probes)
+        options = {"rule": rule, "clock": clock, "probes": own, "rtol": 1e-8, "atol": 1e-8, **TIMES}
+        return flows.log_prob(curved, X, A, **options)
+
+    found = jax.jit(jax.vmap(solve))(jax.random.split(jax.random.key(0), 2000))
     error = found - flows.log_prob(curved, X, A, **TIGHT)
     assert abs(float(error.mean())) < 4 * float(error.std()) / 2000**0.5
     assert float(error.std()) > 1e-3
@@ -489,6 +576,10 @@ def test_where_the_exact_divergence_costs_little_a_key_changes_nothing():
         _, taken, rows = flows._estimates(field, jnp.zeros(24), args, None, jax.random.key(0), num)
         assert taken == probes_used
         assert (rows is None) == (probes_used == 1)
+    field, args = deep_network()
+    basis = flows._directions(jnp.asarray(rotation(24, 7)), jnp.zeros(24))  # which is one of the space of x
+    _, taken, rows = flows._estimates(field, jnp.zeros(24), args, None, jax.random.key(0), 4, basis)
+    assert (taken, rows.shape) == (4, (24,))
 
 
 def test_a_bottleneck_of_fewer_units_than_probes_is_exact():
@@ -510,10 +601,99 @@ def test_no_product_of_a_likelihood_is_rounded():
     """On a GPU a product of matrices in float32 is rounded to ten bits, unless it is asked not to be."""
     field, params = deep_network()
     rule, spread = {"rule": quadrature.gauss_legendre(3)}, {"key": jax.random.key(0), "num_probes": 4}
-    for function, options in ((flows.likelihood, {}), (flows.likelihood, spread), (flows.log_prob, rule)):
+    basis = spread | {"basis": jnp.asarray(rotation(24, 7))}
+    ways = (flows.likelihood, {}), (flows.likelihood, spread), (flows.likelihood, basis), (flows.log_prob, rule)
+    for function, options in ways:
         value = functools.partial(function, field, jnp.zeros(24), **options, **TIMES)
         text = str(jax.make_jaxpr(value)(params))
         assert text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == text.count("dot_general[") > 10
+
+
+# ---- probes in a basis
+
+
+def on_flat(t, x, a):
+    return (a @ x.reshape(-1)).reshape(x.shape)
+
+
+def eigenvectors(a):
+    return jnp.linalg.eigh((a + a.T) / 2)[1]
+
+
+def test_a_basis_of_eigenvectors_leaves_no_noise():
+    """Of a linear field on events [4, 6]: any four rows at any node give the trace itself."""
+    a = jax.random.normal(jax.random.key(1), (24, 24)) / 5
+    x = jax.random.normal(jax.random.key(2), (4, 6))
+    found = flows.likelihood(
+        on_flat,
+        x,
+        a,
+        key=jax.random.key(0),
+        num_probes=4,
+        basis=eigenvectors(a),
+        max_nodes=9,
+        rtol=1e-8,
+        atol=1e-8,
+        **TIMES,
+    )
+    assert_trees_all_close(found.log_prob, exact_log_prob(a, x.reshape(-1)), atol=1e-6)
+    assert float(found.stderr) < 1e-10
+
+
+def test_all_rows_of_a_basis_are_the_trace():
+    """Four nodes of 8 rows, all 32 of them, in a basis that has nothing to do with the map."""
+    x = jnp.zeros((4, 6))
+    a = jax.random.normal(jax.random.key(1), (24, 24))
+    rows = flows._Hadamard.draw(jax.random.key(0), x, 8, flows._directions(jnp.asarray(rotation(24, 7)), x))
+    e = jax.vmap(rows.at_node)(jnp.arange(4))
+    assert e.shape == (4, 8, 4, 6)
+    flat = e.reshape(32, 24)
+    assert_trees_all_close(flat.T @ flat / 32, jnp.eye(24), atol=1e-12)
+    forms = jax.vmap(lambda own: divergence.quadratic_forms(lambda x: on_flat(0.0, x, a), x, own)[1])(e)
+    assert_trees_all_close(jnp.mean(forms), jnp.trace(a), atol=1e-12)
+    assert float(jnp.std(jnp.mean(forms, axis=1))) > 0.1
+
+
+@slow
+def test_intervals_of_probes_in_a_learnt_basis_cover_the_truth():
+    """400 fields (B_i + cos(3 t) C_i) x, with B_i near B and C_i near C; 4 rows of 32 at each node; the integral alone.
+
+    90 to 99 per cent lie within two reported errors; with a true coverage of 95 per cent the chance of falling outside
+    is below 1e-5. The mean error is within four of its own standard errors (false alarms 6e-5). The eigenvectors of
+    the mean symmetric part leave less than half of the noise that the coordinates do. A basis that is not orthogonal,
+    which cannot be known inside jit, makes it NaN.
+    """
+    parts = jax.random.normal(jax.random.key(0), (2, 24, 24)) * jnp.array([1.0, 0.3])[:, None, None]
+    fields = parts[None] + 0.2 * jax.random.normal(jax.random.key(1), (400, 2, 24, 24))
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, 0, None))
+    def solve(key, field, basis):
+        return flows.likelihood(
+            lambda t, x, field: 0.1 * ((field[0] + jnp.cos(3 * t) * field[1]) @ x),
+            jnp.ones(24),
+            field,
+            key=key,
+            num_probes=4,
+            basis=basis,
+            log_base=lambda z: jnp.zeros(()),
+            **TIMES,
+        )
+
+    traces = 0.1 * jnp.trace(fields, axis1=2, axis2=3)
+    truth = traces[:, 0] + traces[:, 1] * np.sin(3) / 3
+    keys, rms = jax.random.split(jax.random.key(2), 400), {}
+    bases = {"identity": jnp.eye(24), "learnt": eigenvectors(parts[0] + np.sin(3) / 3 * parts[1])}
+    for name, basis in bases.items():
+        found = solve(keys, fields, basis)
+        error = found.log_prob - truth
+        assert 0.90 <= float(jnp.mean(jnp.abs(error) <= 2 * found.error)) <= 0.99, name
+        assert abs(float(error.mean())) < 4 * float(error.std()) / 20, name
+        rms[name] = float(jnp.sqrt(jnp.mean(error**2)))
+    assert rms["learnt"] < rms["identity"] / 2, rms
+    wrong = solve(keys, fields, 1.01 * jnp.eye(24))
+    assert jnp.all(jnp.isnan(wrong.log_prob))
+    assert jnp.all(jnp.isnan(wrong.error))
 
 
 @functools.cache
@@ -678,7 +858,13 @@ def test_equal_times(function):
         (flows.sample, {"t0": 0.0}, TypeError, "sample has no argument t0: the times are t_data and t_base"),
         (flows.sample_and_log_prob, {"clock": None}, TypeError, "sample_and_log_prob has no argument clock"),
         (flows.likelihood, {"key": jax.random.key(0), "probes": jnp.ones((2, 3))}, ValueError, "two ways to choose"),
-        (flows.likelihood, {"key": jax.random.key(0), "in_solve": True}, ValueError, "in_solve=True pass probes"),
+        (flows.likelihood, {"key": jax.random.key(0), "in_solve": True}, ValueError, "probes instead of a key"),
+        (flows.likelihood, {"clock": jnp.exp, "in_solve": True}, ValueError, "key, clock and max_nodes are for"),
+        (flows.likelihood, {"max_nodes": 129, "in_solve": True}, ValueError, "max_nodes are for divergences at nodes"),
+        (flows.likelihood, {"basis": jnp.eye(3)}, ValueError, r"basis is for.*pass a key.*probes\.rotated"),
+        (flows.likelihood, {"key": jax.random.key(0), "basis": jnp.eye(2)}, ValueError, r"basis has shape \(2, 2\)"),
+        (flows.likelihood, {"key": jax.random.key(0), "basis": jnp.ones((3, 3))}, ValueError, "basis must be orthog"),
+        (flows.log_prob, {"basis": jnp.eye(3)}, TypeError, r"no argument basis.*key of flows.likelihood.*rotated"),
         (flows.likelihood, {"max_nodes": 9.0}, ValueError, "max_nodes must be an integer of at least 9"),
         (flows.likelihood, {"max_nodes": 20}, ValueError, r"9, 17, 33, 65, 129, \.\.\., got 20"),
         (flows.likelihood, {"clock": jnp.log}, ValueError, "clock must go from one finite value to another, got -inf"),

@@ -15,9 +15,9 @@ from scipy.stats import chi2
 from targets import SCHEDULES
 from targets import rotated_mixture as mixture
 
-from dgm_jax import densities, divergence, sdes, solvers
+from dgm_jax import densities, divergence, networks, sdes, solvers
 from dgm_jax import fokker_planck as fp
-from dgm_jax.types import SDE
+from dgm_jax.types import SDE, StructuredField
 
 TIMES = [0.02, 0.1, 0.35, 0.7, 0.97]
 VP = SCHEDULES["vp"]
@@ -194,6 +194,70 @@ def test_probability_flow_moves_the_same_density():
     by_sde, by_flow = (np.asarray(over_points(fp.rhs(one, log_p), t, points(2))) for one in (sde, flow))
     assert np.max(np.abs(by_sde)) > 1e-2
     np.testing.assert_allclose(by_sde, by_flow, rtol=1e-11)
+
+
+@pytest.mark.slow
+def test_what_networks_know_of_themselves_gives_what_products_give():
+    """Drift, score, velocity and log-density by networks, on their own Jacobians: every right side and residual, with a
+    scalar g, one that depends on x, and a diagonal one; the gradient of a loss on the residuals by all parameters."""
+    widths = {"features": (3, 4), "param_dtype": jnp.float64}
+    nets = {"field": networks.MLP(**widths), "energy": networks.MLP(**widths, out_features=1)}
+    rng, x, t = np.random.default_rng(4), points(2)[:3], jnp.asarray(0.3)
+    params = {
+        name: jax.tree.map(
+            lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape)),
+            jax.eval_shape(net.init, jax.random.key(0), t, x[0]),
+        )
+        for name, net in nets.items()
+    }
+    u, v = networks.energy(nets["energy"]), networks.vector_field(nets["field"])
+    log_p = divergence.Energy(
+        lambda t, x, p: u(t, x, p["energy"]),
+        lambda p: u.prepare(p["energy"]),
+        u.with_laplacian,
+    )
+    field = StructuredField(lambda t, x, p: v(t, x, p["field"]), lambda p: v.prepare(p["field"]), v.with_divergence)
+
+    def values(params, **named):
+        found = []
+        for noise in (STRAIGHT.diffusion, WAVY.diffusion, CURVED.diffusion):
+            sde = SDE(field, noise)
+            found += [fp.rhs_log(sde, log_p, **named), fp.rhs(sde, log_p, backward=True, **named)]
+            found += [fp.residual(sde, log_p, **named), fp.score_residual(sde, field, **named)]
+        found.append(fp.continuity_residual(field, log_p, **named))
+        return jax.vmap(lambda x: jnp.concatenate([jnp.atleast_1d(each(t, x, params)) for each in found]))(x)
+
+    own, plain = jax.jit(lambda p: (values(p), values(p, divergence=divergence.exact)))(params)
+    assert np.min(np.std(own, axis=0)) > 1e-3
+    np.testing.assert_allclose(own, plain, rtol=1e-12, atol=1e-12)
+    losses = jax.jit(lambda p: [jax.grad(lambda p, n=n: jnp.sum(values(p, **n)))(p) for n in ({}, EXACT)])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), *losses(params))
+
+
+EXACT = {"divergence": divergence.exact}
+
+
+def test_a_field_is_asked_for_what_it_knows_unless_another_way_is_named():
+    """Fields that are wrong about themselves by 100, 10 and 1: what is seen of it, and with which factor."""
+    x, t, a = jnp.asarray([0.5, -1.5]), jnp.asarray(0.0), jnp.asarray([2.0, 3.0])
+
+    def claims(by):
+        return StructuredField(lambda t, x, a: a * x, lambda a: a, lambda t, x, p: (p * x, jnp.sum(p) + by))
+
+    drift, score = claims(100.0), claims(10.0)
+    u = divergence.Energy(
+        lambda t, x, a: x @ (a * x) / 2, lambda a: a, lambda t, x, p: (x @ (p * x) / 2, jnp.sum(p) + 1)
+    )
+    for noise, share in ((lambda t, x, a: 2.0, 2.0), (lambda t, x, a: jnp.asarray([2.0, 1.0]), 0.0)):
+        sde = SDE(drift, noise)
+        rates = [fp.rhs_log(sde, u, **named)(t, x, a) for named in ({}, EXACT)]
+        np.testing.assert_allclose(rates[0] - rates[1], -100 + share * 1)
+        np.testing.assert_allclose(fp.residual(sde, u)(t, x, a) - fp.residual(sde, u, **EXACT)(t, x, a), 100 - share)
+    found = [fp.continuity_residual(score, u, **named)(t, x, a) for named in ({}, EXACT)]
+    np.testing.assert_allclose(found[0] - found[1], 10)
+    bent = StructuredField(score.field, score.prepare, lambda t, x, p: (p * x, jnp.sum(p) + x @ x))
+    found = [fp.score_residual(SDE(lambda t, x, a: -x, lambda t, x, a: 2.0), bent, **n)(t, x, a) for n in ({}, EXACT)]
+    np.testing.assert_allclose(found[0] - found[1], -4 * x)  # the gradient of -1/2 g^2 |x|^2
 
 
 @pytest.mark.slow

@@ -488,6 +488,8 @@ def test_bad_samples(name):
         distance(x, x.astype(int))
     with pytest.raises(TypeError, match="x has dtype float64 and y float32"):
         distance(x, x.astype(jnp.float32))
+    with pytest.raises(ValueError, match=r"x has shape \(10, 0\): d must be at least 1"):
+        distance(x[:, :0], x[:, :0])
     under_jit = jax.jit(distance)(x.at[0, 0].set(jnp.nan), x)  # values are not known while tracing
     assert np.all(np.isnan(np.asarray(under_jit)))
 
@@ -503,6 +505,9 @@ def test_bad_arguments():
         metrics.permutation_test(key, metrics.energy_distance, x, x, num_permutations=5)
     with pytest.raises(ValueError, match=r"bandwidth must be positive, got -1\.0"):
         metrics.mmd(x, x, -1.0)
+    assert np.all(np.isnan(np.asarray(jax.jit(metrics.mmd)(x, x + 1, -1.0))))  # its square would look as well
+    with pytest.raises(ValueError, match="x has 3 samples, but a standard error needs at least 4"):
+        metrics.permutation_test(key, metrics.energy_distance, x[:3], x)
     with pytest.raises(ValueError, match=r"bandwidth must be a scalar, got shape \(2,\)"):
         metrics.mmd(x, x, jnp.ones(2))
     with pytest.raises(ValueError, match="levels must be an integer of at least 2, got 1"):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from targets import rotated_mixture
 
-from dgm_jax import densities, divergence, schedules
+from dgm_jax import densities, divergence, networks, schedules
 from dgm_jax import score_matching as sm
-from dgm_jax.types import Schedule
+from dgm_jax.types import Schedule, StructuredField
 
 # x_0 in the plane: two Gaussians, neither of them along the axes
 WEIGHTS = np.array([0.3, 0.7])
@@ -515,6 +515,82 @@ def test_several_slices_average_and_any_event_shape():
     np.testing.assert_allclose(found, exact, rtol=1e-12)
     for left, right in pairs:
         np.testing.assert_allclose(left, right, rtol=1e-12)
+
+
+def of_random_numbers(net, d, seed=0):
+    """Three examples, and parameters that are all random: the last layers start at zero."""
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(3, d)))
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.asarray(0.3), x[0])
+    return x, jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape)), shapes)
+
+
+KNOWING = {
+    "two layers": networks.MLP(features=(4, 5), param_dtype=jnp.float64),
+    "three layers": networks.MLP(features=(4, 5, 4), out_features=7, param_dtype=jnp.float64),
+    "hollow": networks.HollowNet(features=(6,), channels=2, transformer=(4,), param_dtype=jnp.float64),
+    "optimal transport": networks.OTFlow(width=4, param_dtype=jnp.float64),
+    "energy": networks.MLP(features=(4, 5), out_features=1, param_dtype=jnp.float64),
+}
+
+
+@pytest.mark.parametrize("name", KNOWING)
+def test_implicit_by_what_the_score_knows_is_that_by_the_jacobian(name):
+    """Loss and its gradient in the parameters, of every kind of network that offers a divergence or a Laplacian."""
+    net = KNOWING[name]
+    x, params = of_random_numbers(net, 7)
+
+    def both(params):
+        if name == "energy":
+            u = networks.energy(net)
+            own = lambda x: sm.implicit_log_density(u, 0.3, x, params)  # noqa: E731
+            plain = lambda x: sm.implicit_log_density(u.field, 0.3, x, params)  # noqa: E731
+        else:
+            s = networks.vector_field(net)
+            own = lambda x: sm.implicit(s, 0.3, x, params)  # noqa: E731
+            plain = lambda x: sm.implicit(s, 0.3, x, params, divergence=divergence.exact)  # noqa: E731
+        return jnp.stack([jax.vmap(own)(x), jax.vmap(plain)(x)])
+
+    losses = jax.jit(both)(params)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-12, atol=1e-12)
+    assert np.std(losses[0]) > 0.1
+    slopes = jax.jit(jax.jacrev(lambda params: jnp.sum(both(params), axis=1)))(params)
+    jax.tree.map(lambda leaf: np.testing.assert_allclose(leaf[0], leaf[1], rtol=1e-12, atol=1e-12), slopes)
+
+
+@pytest.mark.parametrize("energy", [False, True])
+def test_implicit_by_what_the_score_knows_takes_few_operations(energy):
+    """256 dimensions, 8 units in two layers, 16 examples; of the plain way only one block of 16 counts."""
+    net = networks.MLP(features=(8, 8), out_features=1 if energy else None, param_dtype=jnp.float64)
+    x, params = jnp.ones((16, 256)), of_random_numbers(net, 256)[1]
+
+    def operations(loss):
+        return jax.jit(jax.vmap(loss, (0, None))).lower(x, params).compile().cost_analysis()["flops"]
+
+    field = networks.energy(net) if energy else networks.vector_field(net)
+    loss = sm.implicit_log_density if energy else sm.implicit
+    own, plain = (operations(lambda x, p, f=f: loss(f, 0.3, x, p)) for f in (field, field.field))
+    value = operations(lambda x, p: field.field(0.3, x, p))
+    assert own < (3.5 if energy else 1.5) * value
+    assert own < 0.75 * plain
+
+
+def test_a_score_is_asked_for_its_divergence_unless_another_way_is_named():
+    known = StructuredField(lambda t, x, a: a * x, lambda a: a + 1, lambda t, x, p: ((p - 1) * x, 100.0 + jnp.sum(p)))
+    x, a = jnp.asarray([0.5, -1.5]), jnp.asarray([2.0, 3.0])
+    square = 0.5 * (1 + 4.5**2)
+    np.testing.assert_allclose(sm.implicit(known, 0.0, x, a), square + 107)
+    np.testing.assert_allclose(sm.implicit(known, 0.0, x, a, divergence=divergence.exact), square + 5)
+    np.testing.assert_allclose(sm.implicit(known, 0.0, x, a, probes=jnp.ones((1, 2))), square + 5)
+    u = divergence.Energy(
+        lambda t, x, a: x @ (a * x) / 2, lambda a: a, lambda t, x, p: (x @ (p * x) / 2, jnp.sum(p) + 50)
+    )
+    np.testing.assert_allclose(sm.implicit_log_density(u, 0.0, x, a), square + 55)
+    np.testing.assert_allclose(sm.implicit_log_density(u.field, 0.0, x, a), square + 5)
+    np.testing.assert_allclose(sm.score_of(u)(0.0, x, a), a * x)
+    wrong = StructuredField(known.field, known.prepare, lambda t, x, p: (x[:1], jnp.sum(x)))
+    with pytest.raises(ValueError, match=r"score returned shape \(1,\)"):
+        sm.implicit(wrong, 0.0, x, a)
 
 
 def test_fisher_divergence_and_its_error():

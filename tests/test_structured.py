@@ -66,6 +66,7 @@ MLPS = {
     "four, residual": (networks.MLP(features=(4, 4, 4, 6), residual=True, **F64), 9),
     "four, all residual": (networks.MLP(features=(4, 4, 4, 4), residual=True, **F64), 4),
     "three, wider than a block": (networks.MLP(features=(37, 5, 6), **F64), 61),
+    "two, with as many outputs named": (networks.MLP(features=(5, 6), out_features=4, **F64), 4),
 }
 
 
@@ -251,7 +252,6 @@ def test_an_energy_knows_its_laplacian(name):
 def test_what_cannot_know_its_divergence_is_a_plain_field():
     for net in (
         networks.UNet(),
-        networks.MLP(out_features=1),
         *(
             networks.MLP(activation=act)
             for act in (nn.softmax, nn.standardize, jnp.cumsum, lambda a: a[::-1], nn.PReLU())
@@ -332,6 +332,10 @@ def test_bad_input_is_named_with_its_remedy():
         structured.chain_tables([jnp.ones((3, 4)), jnp.ones((4, 3))], [True])
     with pytest.raises(ValueError, match=r"probes must be \[num, 3\], as wide as the narrowest space.*\(2, 4\)"):
         structured.chain_forms(None, [jnp.ones((4, 3)), jnp.ones((3, 4))], [False], [jnp.ones(3)], jnp.ones((2, 4)))
+    field, t, x, params = built(networks.MLP(features=(4,), out_features=2, **F64), 3)
+    assert field(t, x[0], params).shape == (2,)
+    with pytest.raises(ValueError, match=r"lead from a space back to itself.*\(3, 4\), \(4, 2\)"):
+        field.prepare(params)
     with pytest.raises(TypeError, match=r"net must be a networks.MLP, got UNet.*divergence.laplacian"):
         networks.energy(networks.UNet())
     for net in (networks.MLP(), networks.MLP(out_features=1, activation=nn.softmax)):

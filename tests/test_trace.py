@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.flatten_util
@@ -14,6 +15,7 @@ from dgm_jax import probes, trace
 M = 6
 ESTIMATORS = {  # on independent probes: (estimator, probes wanted, products made, positive maps only)
     "hutchinson": (trace.hutchinson, 4, 4, False),
+    "grouped": (lambda f, e: trace.grouped(f, in_groups(e)), 4, 16, False),
     "deflated": (lambda f, e: trace.deflated(f, jax.tree.map(lambda leaf: axis(leaf, 2), e), e), 4, 6, False),
     "control_variate": (lambda f, e: trace.control_variate(f, rolled, 0.5 * entries(e), e), 4, 4, False),
     "hutch_pp": (trace.hutch_pp, 4, 6, False),
@@ -29,6 +31,17 @@ def axis(leaf, r):
     """r of the unit vectors of an array of probes; in a tree, rows of a leaf's own that are orthonormal in the tree."""
     flat = jnp.eye(r, leaf[0].size, dtype=leaf.dtype)
     return flat.reshape(r, *leaf.shape[1:])
+
+
+def in_groups(e):
+    """The same probes, one of four groups of coordinates at a time: each fourth one, counted over all leaves."""
+    leaves, treedef = jax.tree.flatten(e)
+    sizes = [math.prod(leaf.shape[1:]) for leaf in leaves]
+    parts = []
+    for leaf, size, start in zip(leaves, sizes, itertools.accumulate([0, *sizes]), strict=False):
+        members = (start + np.arange(size)) % 4 == np.arange(4)[:, None]
+        parts.append(2 * leaf[:, None] * members.reshape(4, *leaf.shape[1:]).astype(leaf.dtype)[None])
+    return treedef.unflatten(parts)
 
 
 def rolled(e):
@@ -127,14 +140,18 @@ def test_finite_population_error():
     def one(key, draw, population, k):
         return trace.hutchinson(mapped(a), draw(key, jnp.zeros(M), k), population=population)
 
-    for case in ((probes.orthogonal, M, 4), (probes.hadamard, 8, 5), (probes.hadamard, 8, 11)):
+    def rows(key, x, k):  # of a Hadamard matrix, round and round
+        return probes.hadamard_rows(probes.hadamard_matrix(key, x.size, x.dtype), jnp.arange(k))
+
+    for case in ((probes.orthogonal, M, 4), (probes.hadamard, 8, 5), (rows, 8, 11)):
         value, stderr = map(np.asarray, jax.jit(jax.vmap(lambda key, case=case: one(key, *case)))(keys(num)))
         square = (value - np.trace(a)) ** 2
         difference = square - stderr**2
         assert abs(difference.mean()) < 4.5 * difference.std() / np.sqrt(num)
         assert square.std() / np.sqrt(num) < 0.06 * square.mean()
-    for draw, population, k in ((probes.orthogonal, M, M), (probes.hadamard, M, M), (probes.hadamard, 8, 8)):
-        value, stderr = jax.jit(one, static_argnums=(1, 2, 3))(jax.random.key(1), draw, population, k)
+    whole = [(probes.orthogonal, M), *((probes.hadamard, k) for k in (M, 7, 8, 11, 16))]
+    for draw, k in whole:
+        value, stderr = jax.jit(one, static_argnums=(1, 2, 3))(jax.random.key(1), draw, k, k)
         np.testing.assert_allclose([value, stderr], [np.trace(a), 0], atol=1e-12)
     assert trace.hutchinson(mapped(a), jnp.ones((1, M)), population=M).stderr == np.inf
 
@@ -199,7 +216,7 @@ def test_value_and_gradient_are_unbiased(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hutchinson", "deflated", "control_variate", "hutch_pp", "na_hutch_pp"])
+@pytest.mark.parametrize("name", ["hutchinson", "grouped", "deflated", "control_variate", "hutch_pp", "na_hutch_pp"])
 def test_two_standard_errors_cover(name):
     """16 terms of independent probes: Student's t with 15 degrees of freedom has 93.6 per cent within 2."""
     estimator, (n, options) = {
@@ -450,7 +467,7 @@ def test_bad_probes_and_maps(name):
             estimator(lambda e: e, e[:0])
         with pytest.raises(TypeError, match="leaves of float32, float64: cast"):
             estimator(lambda e: e, {"a": e, "b": e.astype(jnp.float32)})
-        with pytest.raises(ValueError, match=r"probes must be \[num, \*event\]"):
+        with pytest.raises(ValueError, match=r"probes must be \[num, (groups, )?\*event\]"):
             estimator(lambda e: e, {"a": e, "b": e[1:]})
 
 
@@ -487,6 +504,15 @@ def test_bad_counts_and_options():
         trace.hutchinson(f, None)
     with pytest.raises(ValueError, match="at least 2 pilots"):
         trace.choose(f, e[:1], 6)
+    for groups in (np.zeros(5, int), np.asarray([0, 2, 2, 0, 0, 2]), np.zeros(M), {"a": np.zeros(M, int)}):
+        with pytest.raises(ValueError, match="groups "):
+            trace.choose(f, e, 4, groups=groups)
+    with pytest.raises(ValueError, match=r"basis has shape \(5, 5\).*need \(6, 6\)"):
+        trace.choose(f, e, 4, basis=jnp.eye(5))
+    with pytest.raises(ValueError, match=r"basis has .* dtype float32"):
+        trace.choose(f, e, 4, basis=jnp.eye(M, dtype=jnp.float32))
+    with pytest.raises(ValueError, match="basis must be orthogonal"):
+        trace.choose(f, e, 4, basis=2 * jnp.eye(M))
     with pytest.raises(TypeError, match="on the host"):
         jax.jit(lambda e: trace.choose(f, e, 6))(e)
 
@@ -507,6 +533,83 @@ def test_choice_of_the_obvious():
     own = getattr(probes, choice.draw)(jax.random.key(1), x, choice.num)
     np.testing.assert_allclose(choice.estimator(mapped(low), own).value, 2, rtol=1e-10)
     assert trace.choose(lambda e: jnp.zeros_like(e), e, 6).name == "hutchinson"
+
+
+def test_what_pilots_say_of_groups_and_bases_is_unbiased():
+    """Over all 16 x 16 pairs of sign vectors, exactly: the squares within groups, of one group, and of none."""
+    a, e = np.asarray(matrix(4)), np.asarray(signs(4))
+    s = (a + a.T) / 2
+    for labels in ([0, 1, 1, 0], [0, 0, 0, 0], [3, 1, 0, 2], [1, 0, 0, 0]):
+        same = np.equal.outer(labels, labels) & ~np.eye(4, dtype=bool)
+        pairs = trace._within(e, e @ a.T, np.asarray(labels))
+        np.testing.assert_allclose(pairs, pairs.T, atol=1e-12)
+        np.testing.assert_allclose(np.mean(pairs), np.sum(s[same] ** 2), atol=1e-12)
+
+
+def test_choice_with_what_is_known():
+    """Groups without couplings, a basis of eigenvectors: no noise. Groups that hold all couplings are left alone."""
+    x, m = jnp.zeros((8, 8)), 64
+    key, e = jax.random.key(1), probes.rademacher(jax.random.key(0), x, 8)
+    labels = np.arange(m) % 4
+    between = jnp.where(jnp.asarray(labels[:, None] == labels[None]), jnp.eye(m), matrix(m))
+    within = jnp.where(jnp.asarray(labels[:, None] == labels[None]), matrix(m), jnp.eye(m))
+    dense = matrix(m) + matrix(m).T
+    basis = jnp.linalg.eigh(dense)[1]
+    groups = labels.reshape(8, 8)
+    for a, known, name in (
+        (between, {"groups": groups}, "grouped"),
+        (dense, {"basis": basis}, "rotated"),
+        (dense, {"groups": groups, "basis": basis}, "rotated"),
+        (within, {"groups": groups}, "hutchinson"),
+    ):
+        choice = trace.choose(mapped(a), e, 9, **known)
+        assert choice.name == name
+        assert choice.options == ({"groups": groups} if name == "grouped" else {})
+        own = getattr(probes, choice.draw)(key, x, num=choice.num, **choice.options)
+        assert jax.eval_shape(lambda own=own: own).shape == {"grouped": (2, 4, 8, 8)}.get(name, (9, 8, 8))
+        estimate = jax.jit(lambda a, own, choice=choice: choice.estimator(mapped(a), own))(a, own)
+        if name != "hutchinson":
+            np.testing.assert_allclose(estimate, [np.trace(a), 0], atol=1e-10)
+    assert trace.choose(mapped(between), e, 3, groups=groups).name != "grouped"  # more groups than products
+    assert trace.choose(mapped(between), e, m, groups=groups).name == "hutchinson"  # exact
+    assert trace.choose(mapped(between), e[:2], 4, groups=groups).name == "grouped"  # two pilots: on trust
+    tree = {"a": e[:, :2], "b": e[:, 2:].reshape(8, 3, 16)}
+    choice = trace.choose(mapped(between), tree, 9, groups={"a": groups[:2], "b": groups[2:].reshape(3, 16)})
+    own = probes.grouped(key, jax.tree.map(lambda leaf: leaf[0], tree), num=choice.num, **choice.options)
+    np.testing.assert_allclose(choice.estimator(mapped(between), own).value, np.trace(between), atol=1e-10)
+    choice = trace.choose(mapped(dense), tree, 9, basis=basis)
+    own = probes.hadamard(key, jax.tree.map(lambda leaf: leaf[0], tree), choice.num)
+    np.testing.assert_allclose(choice.estimator(mapped(dense), own).value, np.trace(dense), atol=1e-10)
+
+
+@pytest.mark.slow
+def test_choice_with_groups_and_a_basis_of_other_maps():
+    """Maps of one kind: the same dense symmetric matrix plus noise of its own, and couplings that are mostly between
+    groups. At most 1.3 times the root mean square error of the best, by closed form, over 24 sets of pilots."""
+    m, x, generator = 32, jnp.zeros(32), np.random.default_rng(0)
+    common = np.asarray(spectral(np.linspace(1, -1, m)))
+    local = np.exp(-np.abs(np.subtract.outer(np.arange(m), np.arange(m))))
+    for base, noise, products in ((common, 0.05, 4), (common, 0.05, 16), (local, 0.02, 8), (local, 0.05, 16)):
+        kind = base + noise * generator.normal(size=(40, m, m))
+        symmetric = (kind + kind.swapaxes(1, 2)) / 2
+        labels = probes.learn_groups(symmetric[24:], products)
+        basis = np.linalg.eigh(symmetric[24:].mean(0))[1]
+        same = np.equal.outer(labels, labels) & ~np.eye(m, dtype=bool)
+        few = 2 * (m - products) / (products * (m - 1))
+        turned = basis.T @ symmetric[:24] @ basis
+        variances = {
+            "hutchinson": few * np.mean([symmetric_noise(a) / 2 for a in kind[:24]]),
+            "grouped": 2 * np.mean(np.sum(symmetric[:24][:, same] ** 2, axis=1)),
+            "rotated": few * np.mean([symmetric_noise(a) / 2 for a in turned]),
+        }
+        chosen = [
+            trace.choose(
+                mapped(jnp.asarray(a)), probes.rademacher(key, x, 8), products, groups=labels, basis=jnp.asarray(basis)
+            )
+            for a, key in zip(kind[:24], keys(24), strict=True)
+        ]
+        error = np.mean([variances[choice.name] for choice in chosen])
+        assert error <= 1.3**2 * min(variances.values()), (variances, [choice.name for choice in chosen])
 
 
 SPECTRA = {
@@ -554,4 +657,5 @@ def test_choice_is_nearly_the_best(m, products):
             best = min(errors[name][i] for name in errors if allowed or name != "xnystrace")
             chosen = [trace.choose(mapped(maps[i]), e, products, positive=allowed).name for e in pilots]
             error = np.sqrt(np.mean([errors[name][i] ** 2 for name in chosen]))
-            assert error <= 1.3 * 1.15 * best + 1e-9, (i, allowed, chosen, {name: e[i] for name, e in errors.items()})
+            # 1e-7: what rounding leaves of a difference of squares, for maps without noise
+            assert error <= 1.3 * 1.15 * best + 1e-7, (i, allowed, chosen, {name: e[i] for name, e in errors.items()})

@@ -27,8 +27,8 @@ TINY = script.Sizes(samples=1000, digits=600, held_out=8, compared=100, paths=4,
 CELL = re.compile(r"none|(<= )?-?\d+(\.\d+)?(e-\d+)? \+- \d+(\.\d+)?(e-\d+)?")
 
 
-def stand_in(task, *, bound=False):
-    """x = z: for data of variance 1 the density of N(0, I), no more."""
+def stand_in(task, *, bound=False, beta=1.0):
+    """x = z, whatever the beta: for data of variance 1 the density of N(0, I), no more."""
     from dgm_jax import flows
 
     return models.Model(
@@ -280,6 +280,7 @@ def test_all_rows_are_trained_and_measured(tiny, tmp_path, data, rows):
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"rows": ("gan", "glow")}, "rows must be some of gan, wgan_gp, vae"),
         ({"rows": ("gan", "gan")}, "each once"),
+        ({"beta": 0.0}, "beta must be positive and finite, got 0.0"),
         ({"data": ()}, "data must be some of gaussians, digits"),
     ],
 )

@@ -234,6 +234,9 @@ def test_bad_samples():
         two_sample.classifier_test(jax.random.PRNGKey(0), x, x)
     with pytest.raises(ValueError, match=r"train_share is 0\.9, by which 27 of 30 and 27 of 30 samples train"):
         two_sample.classifier_test(key, x, x, train_share=0.9)
+    for share in (0.0, 1.0, -0.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="train_share must be between 0 and 1, got"):
+            two_sample.classifier_test(key, x, x, train_share=share)
     with pytest.raises(ValueError, match=r"predict, from fit, returned shape \(30, 1\) for 30 samples"):
         jax.jit(partial(two_sample.classifier_test, fit=lambda key, z, labels: lambda z: z[:, :1]))(key, x, x)
     under_jit = jax.jit(partial(two_sample.classifier_test, fit=first_coordinate(0.0)))
@@ -242,6 +245,18 @@ def test_bad_samples():
         jax.jit(partial(two_sample.classifier_test, fit=first_coordinate(jnp.nan)))(key, x, x),
     ):
         assert all(np.isnan(leaf) for leaf in jax.tree.leaves(found))
+
+
+def test_bad_examples_of_the_classifier():
+    x, y, key = jnp.asarray(np.random.default_rng(0).normal(size=(30, 2))), jnp.arange(30) % 2, jax.random.key(0)
+    with pytest.raises(ValueError, match="z has 1 samples, but a classifier needs at least 2"):
+        two_sample.random_features(key, x[:1], y[:1])
+    with pytest.raises(ValueError, match="z has NaN or infinity in 1 of 30 samples"):
+        two_sample.random_features(key, x.at[3, 1].set(jnp.nan), y)
+    with pytest.raises(ValueError, match=r"z must be samples \[n, d\], got shape \(30,\)"):
+        two_sample.random_features(key, x[:, 0], y)
+    with pytest.raises(ValueError, match=r"labels has shape \(20,\), but z has 30 examples"):
+        two_sample.random_features(key, x, y[:20])
 
 
 def test_constant_samples_are_chance():

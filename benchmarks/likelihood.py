@@ -20,8 +20,8 @@ little. Every way computes log p of the same test images, each with its own adap
 
 Cost is time over that of solving for x(t) alone; error the root mean square over digits and draws, in nats, against
 float64 at 1e-8. Then the gradient of the mean log p by the parameters: cost over the gradient without the integral,
-and the relative error of a single draw. All takes a quarter of an hour on two CPU cores, flow matching alone
-(``--fields flow-matching``) six minutes.
+and the relative error of a single draw. All takes eight minutes on two CPU cores, flow matching alone
+(``--fields flow-matching``) five.
 
 Targets, of flow matching at h = 512: 1.7 times and 1.5 nats with 4 rows, 3.4 times and 0.22 nats with 16, exactly 14
 times and 0.01 nats, with the field's own divergence 2 times; two-sigma intervals cover 90 to 99 per cent; a gradient at

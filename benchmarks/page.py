@@ -90,10 +90,10 @@ the other programs out of the picture, bind the process to one core: `taskset -c
 
 From one process to the next, the time of one and the same program can differ by half and more, which no number of
 rounds evens out: `trace_estimators.py` takes its times in three processes, and the medians over them count. What
-differs is how long XLA's threads wait for each other. One probe at h = 64, m = 64 and a batch of 512, by whichever
-package, takes either 1.9 or 3.1 times the field on two cores, and 1.8 on one: `taskset -c 0 python
-benchmarks/trace_estimators.py --parts costs --widths 64 --sizes 64 784`. The field and 16 products of its Jacobian are
-17 times its multiplications: less than that in time is what larger products gain.
+differs is how long XLA's threads wait for each other. The exact trace at h = 64, m = 2 and a batch of 64 is 15 times
+the field there, or twice, as the same program by `jax.vjp` is two rows on; on one core both are 2.1: `taskset -c 0
+python benchmarks/trace_estimators.py --parts costs --sizes 2`. The cells of two dimensions were taken by a second call,
+after divergences of so few had gone back to one end.
 """
 
 

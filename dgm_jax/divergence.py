@@ -14,7 +14,8 @@ between them is left for each example. With m entries in x and k probes:
     exact_in_chunks   m                 ``size``                          none
     hutchinson        k                 up to 8                           standard deviation ~ 1 / sqrt(k)
 
-Up to m = 8, k probes of m or more take the m products e^T J of the whole Jacobian instead.
+Up to m = 8 the last product is no work worth sharing, and products e^T J are taken; k probes of m or more then take the
+m products of the whole Jacobian.
 
 How many products are taken at once is a matter of the processor's cache, which should hold them, under
 ``jax.vmap`` those of the whole batch; the rest follow in a loop.
@@ -95,8 +96,8 @@ def exact(
         f: ``[*event] -> [*event]``.
         x: one example ``[*event]``.
         probes: not used; there so that every divergence is called alike.
-        mode: "both" from both ends, which is "reverse" where f has no product of matrices, or a ``jax.custom_vjp``
-            somewhere; "reverse" for products e^T J; "forward" for J e: where f has no reverse mode.
+        mode: "both" from both ends, which is "reverse" up to m = 8 and where f has no product of matrices, or a
+            ``jax.custom_vjp`` somewhere; "reverse" for products e^T J; "forward" for J e: where f has no reverse mode.
 
     Returns:
         f(x) ``[*event]`` and div f(x) ``[]``.
@@ -165,8 +166,8 @@ def quadratic_forms(
     x = floating("x", x)
     probes = probes_for(x, probes)
     num = probes.shape[0]
-    whole_jacobian = num > 1 and num >= x.size <= _PROBES  # it takes fewer products
-    ends = _both_ends(f, x) if mode == "both" and not whole_jacobian else None
+    whole_jacobian = num > 1 and num >= x.size <= _FEW  # it takes fewer products
+    ends = _both_ends(f, x) if mode == "both" else None
     if ends is not None:
         value, form = ends
     else:
@@ -391,8 +392,10 @@ def _entries(f: Callable[[Array], Array], x: Array, mode: str) -> tuple[Array, C
 def _both_ends(f: Callable[[Array], Array], x: Array) -> tuple[Array, Callable[[Array], Array]] | None:
     """f(x) and the map e -> e^T J e = (B^T e) . (A e), J = B A, B being f from its last product on.
 
-    ``None`` where f has no product, or somewhere a derivative in reverse alone.
+    ``None`` where f has no product, or somewhere a derivative in reverse alone, or x few entries.
     """
+    if x.size <= _FEW:
+        return None
     program, out = jax.make_jaxpr(f, return_shape=True)(x)
     _same_space(out, x)
     if _in_reverse_alone(program.jaxpr):
@@ -447,6 +450,10 @@ def _trace(entry: Callable[[Array, Array], Array], like: Array, most: int) -> Ar
 
     return _blocks.over_units(diagonal, like, most)
 
+
+_FEW = 8
+"""Dimensions up to which divergences are taken from one end: from both, XLA's CPU compiler makes of products so small
+now and then a loop that takes four times as long."""
 
 _PROBES = 8
 """Probes in a block, at most. With more, those of a batch of 512 leave the cache, and take twice as long; with fewer,

@@ -338,7 +338,7 @@ def denoising_gan(task: Task) -> Model:
 
 
 def gaussian_vae(task: Task, beta: float = 1.0) -> Model:
-    """Kingma and Welling (2014), unless beta is another, with a decoder that learns a variance for each entry of pixels.
+    """Kingma and Welling (2014), with a decoder that learns a variance for each entry of pixels.
 
     In the plane it learns one for all (Rybkin et al., 2021), which begins small: with a large one nothing is lost by an
     encoder that says nothing, and from there learning does not come back.

@@ -157,7 +157,7 @@ def test_a_field_without_reverse_mode_has_forward_mode():
         divergence.exact(f, x)
 
 
-MATRICES = jax.random.normal(jax.random.key(30), (3, 6, 6))
+MATRICES = jax.random.normal(jax.random.key(30), (3, 12, 12)) / 2
 
 
 @jax.custom_vjp
@@ -176,14 +176,14 @@ def passed_by(x):
     """Skip connections around the last product, from x, from within, and to a part of the output; a jit inside."""
     h = jax.jit(jnp.tanh)(MATRICES[0] @ x)
     y = x + jnp.sin(h) * (MATRICES[1] @ (h * x)) + jnp.where(x > 0, h, -x)
-    return jnp.concatenate([y[:4], jnp.cumsum(h)[:2] * x[:2]])
+    return jnp.concatenate([y[:8], jnp.cumsum(h)[:4] * x[:4]])
 
 
 def convolved(x):
-    image = x.reshape(1, 1, 2, 3)
+    image = x.reshape(1, 1, 3, 4)
     kernel = MATRICES[:1, :3, :3].reshape(1, 1, 3, 3)
     h = jnp.tanh(jax.lax.conv(image, kernel, (1, 1), "SAME"))
-    return jax.lax.conv(h * image, kernel, (1, 1), "SAME").reshape(6) ** 2
+    return jax.lax.conv(h * image, kernel, (1, 1), "SAME").reshape(12) ** 2
 
 
 FROM_BOTH_ENDS = {
@@ -208,7 +208,7 @@ def test_forms_from_both_ends_are_those_of_the_jacobian(name):
     """The trace, its gradient where there is one, and forms of given probes, one of them alone too."""
     f, smooth = FROM_BOTH_ENDS[name]
     smooth = smooth or f
-    x, e = jax.random.normal(jax.random.key(31), (6,)), jax.random.normal(jax.random.key(32), (5, 6))
+    x, e = jax.random.normal(jax.random.key(31), (12,)), jax.random.normal(jax.random.key(32), (5, 12))
 
     @jax.jit
     def both(x):

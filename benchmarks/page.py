@@ -91,7 +91,7 @@ the other programs out of the picture, bind the process to one core: `taskset -c
 From one process to the next, the time of one and the same program can differ by half and more, which no number of
 rounds evens out: `trace_estimators.py` takes its times in three processes, and the medians over them count. What
 differs is how long XLA's threads wait for each other. The exact trace at h = 64, m = 2 and a batch of 64 is 15 times
-the field there, or twice, as the same program by `jax.vjp` is two rows on; on one core both are 2.1: `taskset -c 0
+the field there, or twice, as the same way by `jax.vjp` is two columns on; on one core both are 2.1: `taskset -c 0
 python benchmarks/trace_estimators.py --parts costs --sizes 2`. The cells of two dimensions were taken by a second call,
 after divergences of so few had gone back to one end.
 """

@@ -1,5 +1,6 @@
 """What every module asks of its arguments, asked at trace time and answered with a remedy."""
 
+import math
 import operator
 from typing import Any
 
@@ -15,9 +16,11 @@ __all__ = [
     "concrete",
     "evaluate",
     "floating",
+    "group_labels",
     "like",
     "noise_levels",
     "one_time",
+    "orthogonal_basis",
     "positive_integer",
     "probes_for",
     "typed_key",
@@ -155,3 +158,47 @@ def probes_for(x: Array, probes: Array | None) -> Array:
     if probes.dtype != x.dtype:
         raise TypeError(f"probes has dtype {probes.dtype} and x has {x.dtype}: draw the probes from x itself.")
     return probes
+
+
+def group_labels(groups: Any, x: Any) -> np.ndarray:
+    """The groups of all coordinates of an example in a row ``[m]``, on the host: each of 0 to G - 1 is used."""
+    if not concrete(groups):
+        raise TypeError("groups must be known before tracing: pass a numpy array from outside the transformation.")
+    structure: Any = jax.tree.structure(groups)
+    wanted: Any = jax.tree.structure(x)
+    if structure != wanted:
+        raise ValueError(f"groups must be of the structure of x, {wanted}, got {structure}.")
+    rows = []
+    for each, leaf in zip(jax.tree.leaves(groups), jax.tree.leaves(x), strict=True):
+        labels = np.asarray(each)
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise TypeError(f"groups must be integers, got dtype {labels.dtype}.")
+        if labels.shape != np.shape(leaf):
+            raise ValueError(f"groups has shape {labels.shape} and x {np.shape(leaf)}: one number for each coordinate.")
+        rows.append(labels.reshape(-1))
+    labels = np.concatenate(rows)
+    used = np.unique(labels)
+    if not np.array_equal(used, np.arange(len(used))):
+        raise ValueError(
+            f"groups must use every number from 0 to G - 1, got {used.tolist()}: "
+            "pass for instance numpy.unique(groups, return_inverse=True)[1]."
+        )
+    return labels
+
+
+def orthogonal_basis(basis: Any, m: int, dtype: Any) -> tuple[Array, Array]:
+    """``basis`` ``[m, m]``, and whether it is orthogonal ``[]``: where that is known, one that is not is an error."""
+    basis = floating("basis", basis)
+    if basis.shape != (m, m):
+        raise ValueError(f"basis has shape {basis.shape}, but probes of {m} entries need ({m}, {m}).")
+    if basis.dtype != dtype:
+        raise TypeError(f"basis has dtype {basis.dtype} and probes {dtype}: one dtype for both.")
+    gram = jnp.matmul(basis.T, basis, precision=jax.lax.Precision.HIGHEST)
+    error = jnp.max(jnp.abs(gram - jnp.eye(m, dtype=dtype)))
+    right = error <= math.sqrt(float(jnp.finfo(dtype).eps))
+    if concrete(right) and not right:
+        raise ValueError(
+            f"basis must be orthogonal, but its Gram matrix is off by {float(error):.3g}: "
+            "pass for instance jnp.linalg.qr(matrix)[0]."
+        )
+    return basis, right

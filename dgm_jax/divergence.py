@@ -14,8 +14,8 @@ between them is left for each example. With m entries in x and k probes:
     exact_in_chunks   m                 ``size``                          none
     hutchinson        k                 up to 8                           standard deviation ~ 1 / sqrt(k)
 
-Up to m = 8 the last product is no work worth sharing, and products e^T J are taken; k probes of m or more then take the
-m products of the whole Jacobian.
+Up to m = 8 there is little to share, and products e^T J are taken; k probes of m or more then take the m products of
+the whole Jacobian.
 
 How many products are taken at once is a matter of the processor's cache, which should hold them, under
 ``jax.vmap`` those of the whole batch; the rest follow in a loop.
@@ -452,8 +452,9 @@ def _trace(entry: Callable[[Array, Array], Array], like: Array, most: int) -> Ar
 
 
 _FEW = 8
-"""Dimensions up to which divergences are taken from one end: from both, XLA's CPU compiler makes of products so small
-now and then a loop that takes four times as long."""
+"""Dimensions up to which divergences are taken from one end. There the exact one costs about as much, and its gradient
+less: at m = 8 and 64 units, on one core, 5.1 and 7.1 times that of the field for batches of 64 and 512, not 6.7 and
+10."""
 
 _PROBES = 8
 """Probes in a block, at most. With more, those of a batch of 512 leave the cache, and take twice as long; with fewer,

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax._checks import at_least, concrete, floating, positive_integer, typed_key
+from dgm_jax._checks import at_least, floating, group_labels, orthogonal_basis, positive_integer, typed_key
 from dgm_jax.types import Array
 
 __all__ = [
@@ -291,14 +291,9 @@ def grouped(key: Array, x: Any, groups: Any, num: int = 1) -> Any:
     """
     key, num = _key_and_num(key, num)
     m, dtype, unravel = _example(x)
-    labels = _labels(groups, x)
+    labels = group_labels(groups, x)
     number = int(labels.max()) + 1
     member = labels[None, :] == np.arange(number)[:, None]
-    if labels.min() < 0 or not member.any(axis=1).all():
-        raise ValueError(
-            f"groups must use every number from 0 to G - 1, got {np.unique(labels).tolist()}: "
-            "pass for instance numpy.unique(groups, return_inverse=True)[1]."
-        )
     signs = jax.random.rademacher(key, (num, 1, m), dtype)
     return unravel(signs * jnp.asarray(math.sqrt(number) * member, dtype)[None])
 
@@ -385,21 +380,10 @@ def rotated(probes: Any, basis: Array) -> Any:
         raise ValueError(f"probes must be [num, *event], with one num for all leaves, got {_shape(probes)}.")
     num = leaves[0].shape[0]
     m, dtype, unravel = _example(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), probes))
-    basis = floating("basis", basis)
-    if basis.shape != (m, m):
-        raise ValueError(f"basis has shape {basis.shape}, but probes of {m} entries need ({m}, {m}).")
-    if basis.dtype != dtype:
-        raise TypeError(f"basis has dtype {basis.dtype} and probes {dtype}: one dtype for both.")
-    highest = jax.lax.Precision.HIGHEST
-    error = jnp.max(jnp.abs(jnp.matmul(basis.T, basis, precision=highest) - jnp.eye(m, dtype=dtype)))
-    allowed = math.sqrt(float(jnp.finfo(dtype).eps))
-    if concrete(error) and not error <= allowed:
-        raise ValueError(
-            f"basis must be orthogonal, but its Gram matrix is off by {float(error):.3g}: "
-            "pass for instance jnp.linalg.qr(matrix)[0]."
-        )
+    basis, right = orthogonal_basis(basis, m, dtype)
     flat = jnp.concatenate([leaf.reshape(num, math.prod(leaf.shape[1:])) for leaf in leaves], axis=1)
-    return unravel(jnp.where(error <= allowed, jnp.matmul(flat, basis.T, precision=highest), jnp.nan))
+    turned = jnp.matmul(flat, basis.T, precision=jax.lax.Precision.HIGHEST)
+    return unravel(jnp.where(right, turned, jnp.nan))
 
 
 def _key_and_num(key: Array, num: int) -> tuple[Array, int]:
@@ -430,22 +414,3 @@ def _shape(x: Any) -> str:
     """How messages name the shapes of an example: of shape (3,), or of shapes (3,), (2, 2)."""
     shapes = [str(np.shape(leaf)) for leaf in jax.tree.leaves(x)]
     return f"of shape{'s' if len(shapes) != 1 else ''} {', '.join(shapes) or 'none'}"
-
-
-def _labels(groups: Any, x: Any) -> np.ndarray:
-    """The labels of all coordinates in a row, on the host."""
-    if not concrete(groups):
-        raise TypeError("groups must be known before tracing: pass a numpy array from outside the transformation.")
-    structure: Any = jax.tree.structure(groups)
-    wanted: Any = jax.tree.structure(x)
-    if structure != wanted:
-        raise ValueError(f"groups must be of the structure of x, {wanted}, got {structure}.")
-    rows = []
-    for each, leaf in zip(jax.tree.leaves(groups), jax.tree.leaves(x), strict=True):
-        labels = np.asarray(each)
-        if not np.issubdtype(labels.dtype, np.integer):
-            raise TypeError(f"groups must be integers, got dtype {labels.dtype}.")
-        if labels.shape != np.shape(leaf):
-            raise ValueError(f"groups has shape {labels.shape} and x {np.shape(leaf)}: one number for each coordinate.")
-        rows.append(labels.reshape(-1))
-    return np.concatenate(rows)

@@ -51,7 +51,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax._checks import concrete, floating, like, positive_integer
+from dgm_jax._checks import concrete, floating, group_labels, like, orthogonal_basis, positive_integer
 from dgm_jax.types import Array
 
 __all__ = [
@@ -574,18 +574,19 @@ def choose(
         leave of them: no part of a draw has the mean tr A. Where they are m or more, the estimate is exact after m.
 
     Raises:
-        TypeError: ``probes`` not of floats of one dtype, A e of another dtype, or inputs that are not known.
+        TypeError: ``probes`` not of floats of one dtype, A e or ``basis`` of another dtype, ``groups`` not integers, or
+            inputs that are not known.
         ValueError: less than 2 probes, A e of another shape or not finite, ``products`` not a positive integer,
             ``groups`` not one number for each coordinate, from 0 to G - 1, each used, or ``basis`` not orthogonal, or
-            not of the size and dtype of ``probes``.
+            not of the size of ``probes``.
 
     Source: the variances follow Derezinski, Liang, Liao and Mahoney (2020), "Precise expressions for random
     projections: Low-rank approximation and randomized Newton", section 2.
     """
     rows, unravel = _flatten("probes", probes)
     products = positive_integer("products", products)
-    labels = None if groups is None else _labels(groups, probes)
-    turn = None if basis is None else _orthogonal(basis, rows)
+    labels = None if groups is None else group_labels(groups, jax.tree.map(lambda leaf: leaf[0], probes))
+    turn = None if basis is None else orthogonal_basis(basis, rows.shape[1], rows.dtype)[0]
     if rows.shape[0] < 2:
         raise ValueError("probes has 1 row, but choose needs at least 2 pilots, and better half of products.")
     images = _products("matvec", matvec, unravel)(rows)
@@ -662,39 +663,6 @@ def _beside(name: str, tree: Any, probes: Any) -> Array:
     if rows.dtype != dtype:
         raise TypeError(f"{name} has dtype {rows.dtype} and probes {dtype}: one dtype for both.")
     return rows
-
-
-def _labels(groups: Any, probes: Any) -> np.ndarray:
-    """The group of each coordinate ``[m]``, on the host."""
-    structures: list[Any] = [jax.tree.structure(each) for each in (groups, probes)]
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(groups)]
-    shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(probes)]
-    if structures[0] != structures[1] or [leaf.shape for leaf in leaves] != shapes:
-        raise ValueError(
-            f"groups has shape {[leaf.shape for leaf in leaves]} and probes have vectors of {shapes}: "
-            "one number for each coordinate."
-        )
-    labels = np.concatenate([leaf.reshape(-1) for leaf in leaves])
-    if not np.issubdtype(labels.dtype, np.integer) or set(labels.tolist()) != set(range(len(set(labels.tolist())))):
-        raise ValueError("groups must be integers that use every number from 0 to G - 1, as probes.learn_groups does.")
-    return labels
-
-
-def _orthogonal(basis: Any, rows: Array) -> Array:
-    """``basis`` ``[m, m]``, if it is orthogonal and of the dtype of ``rows``."""
-    basis, m = floating("basis", basis), rows.shape[1]
-    if basis.shape != (m, m) or basis.dtype != rows.dtype:
-        raise ValueError(
-            f"basis has shape {basis.shape} and dtype {basis.dtype}, but probes of {m} entries of {rows.dtype} need "
-            f"({m}, {m}) of that dtype."
-        )
-    error = jnp.max(jnp.abs(_dot(basis.T, basis) - jnp.eye(m, dtype=basis.dtype)))
-    if concrete(error) and not error <= math.sqrt(_eps(basis.dtype)):
-        raise ValueError(
-            f"basis must be orthogonal, but its Gram matrix is off by {float(error):.3g}: "
-            "pass for instance jnp.linalg.qr(matrix)[0]."
-        )
-    return basis
 
 
 def _number(name: str, value: Any, dtype: Any) -> Array:

@@ -199,7 +199,7 @@ def preconditioned(
 
     if dims == 2:
         return start, field
-    network: Any = networks.vector_field(net.clone(out_features=None))
+    network: Any = networks.vector_field(net)
 
     def with_divergence(t: Array, x: Array, prepared: Any) -> tuple[Array, Array]:
         a, b, c, clock = coefficients(t)
@@ -454,7 +454,7 @@ def cnf(task: Task) -> Model:
     def of_waves(t: Array, x: Array, params: Any) -> Array:
         return net.apply(params, t, see(x))
 
-    velocity = of_waves if plane else networks.vector_field(net.clone(out_features=None))
+    velocity = of_waves if plane else networks.vector_field(net)
     options: dict[str, Any] = {"t_data": 1.0, "t_base": 0.0, "rtol": 1e-3, "atol": 1e-3, "throw": False}
 
     def loss(params: Any, key: Array, x: Array) -> Array:

@@ -504,12 +504,19 @@ def test_bad_counts_and_options():
         trace.hutchinson(f, None)
     with pytest.raises(ValueError, match="at least 2 pilots"):
         trace.choose(f, e[:1], 6)
-    for groups in (np.zeros(5, int), np.asarray([0, 2, 2, 0, 0, 2]), np.zeros(M), {"a": np.zeros(M, int)}):
-        with pytest.raises(ValueError, match="groups "):
+    for groups, message in (
+        (np.zeros(5, int), r"groups has shape \(5,\)"),
+        (np.asarray([0, 2, 2, 0, 0, 2]), "groups must use every number from 0 to G - 1"),
+        (np.asarray([0, -1, -1, 0, 0, -1]), "groups must use every number from 0 to G - 1"),
+        ({"a": np.zeros(M, int)}, "groups must be of the structure of x"),
+    ):
+        with pytest.raises(ValueError, match=message):
             trace.choose(f, e, 4, groups=groups)
+    with pytest.raises(TypeError, match="groups must be integers, got dtype float"):
+        trace.choose(f, e, 4, groups=np.zeros(M))
     with pytest.raises(ValueError, match=r"basis has shape \(5, 5\).*need \(6, 6\)"):
         trace.choose(f, e, 4, basis=jnp.eye(5))
-    with pytest.raises(ValueError, match=r"basis has .* dtype float32"):
+    with pytest.raises(TypeError, match="basis has dtype float32 and probes float64"):
         trace.choose(f, e, 4, basis=jnp.eye(M, dtype=jnp.float32))
     with pytest.raises(ValueError, match="basis must be orthogonal"):
         trace.choose(f, e, 4, basis=2 * jnp.eye(M))

@@ -19,8 +19,9 @@ The columns, and an interval of 95 per cent in every cell:
     distance         gaussians: sliced Wasserstein; accuracy of a classifier that tells samples from data, 0.5 at best
     NLL              of examples held out: in nats, or in bits per dimension for digits; "<=" for a bound
     round trip       decode(encode(x)) - x, root mean square over examples held out and entries, data of variance 1
-    roughness        E|x_(i+1) - 2 x_i + x_(i-1)|^2 / E|x_(i+1) - x_(i-1)|^2 for what is decoded from 50 points of a
-                     quarter of a circle between two latents, other noise held: 0 smooth, 1 jumps, 3 noise
+    roughness        sum |a_(i+1) - a_i|^2 / sum 2 (|a_(i+1)|^2 + |a_i|^2) of the steps a_i between what is decoded from
+                     50 points of a quarter of a circle between two latents, other noise held, in the mean over
+                     such paths: 0 where steps go on alike, 1/2 where the path jumps, 3/4 for noise; at most 1
 
 A half-width is sqrt((t s / sqrt n)^2 + (1.96 e)^2): s the standard deviation over n seeds, t Student's quantile, e the
 root mean square of the standard errors within the seeds, which the seeds may share, for the examples held out are the
@@ -91,8 +92,8 @@ class Sizes(NamedTuple):
 
 
 BATCH = 1000
-FULL = Sizes(10_000, 1000, 512, 4000, 40, 128)
-QUICK = Sizes(10_000, 1000, 128, 2000, 20, 64)
+FULL = Sizes(10_000, 1000, 512, 4000, 200, 128)
+QUICK = Sizes(10_000, 1000, 128, 2000, 100, 64)
 POINTS = 50  # of a path
 
 Cells = dict[str, dict[str, Any] | None]  # column -> value, stderr, and bound where it is one; None where there is none
@@ -249,7 +250,11 @@ def round_trip(task: Task, trip: Callable | None, params: Any, key: Array, sizes
 
 
 def roughness(draw: Callable, key: Array, latent: int, num: int) -> dict[str, Any]:
-    """E|x_(i+1) - 2 x_i + x_(i-1)|^2 / E|x_(i+1) - x_(i-1)|^2 along quarters of a circle, which keep z ~ N(0, I)."""
+    """sum |a_(i+1) - a_i|^2 / sum 2 (|a_(i+1)|^2 + |a_i|^2), which is (1 - correlation of a step with the next) / 2, of
+    the steps a_i along quarters of a circle, which keep z ~ N(0, I); mean over paths, 0 for one that does not move.
+
+    Its error holds where no path happened to jump: as if one path more had jumped.
+    """
     key_ends, key_noise = jax.random.split(key)
     ends = jax.random.normal(key_ends, (2, num, 1, latent))
     angle = jnp.linspace(0.0, math.pi / 2, POINTS)[None, :, None]
@@ -259,10 +264,11 @@ def roughness(draw: Callable, key: Array, latent: int, num: int) -> dict[str, An
     z, own = jnp.concatenate([z, z[:short]]), jnp.concatenate([own, own[:short]])
     parts = [draw(own[i : i + BATCH], z[i : i + BATCH])[0] for i in range(0, len(z), BATCH)]
     x = np.concatenate(parts).astype(np.float64)[: num * POINTS].reshape(num, POINTS, -1)
-    bend = ((x[:, 2:] - 2 * x[:, 1:-1] + x[:, :-2]) ** 2).sum((1, 2))
-    move = ((x[:, 2:] - x[:, :-2]) ** 2).sum((1, 2))
-    ratio = bend.sum() / move.sum()
-    return cell(ratio, (bend - ratio * move).std(ddof=1) / move.mean() / math.sqrt(num))
+    step = np.diff(x, axis=1)
+    turn = ((step[:, 1:] - step[:, :-1]) ** 2).sum((1, 2))
+    most = 2 * (step[:, 1:] ** 2 + step[:, :-1] ** 2).sum((1, 2))
+    each = np.divide(turn, most, out=np.zeros(num), where=most > 0)
+    return cell(each.mean(), math.hypot(each.std(ddof=1) / math.sqrt(num), 0.5 / num))
 
 
 def judge_gaussians(sizes: Sizes) -> Callable[[Array, Array], Cells]:

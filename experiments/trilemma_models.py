@@ -387,10 +387,11 @@ def gaussian_vae(task: Task, beta: float = 1.0) -> Model:
 
 
 def realnvp(task: Task) -> Model:
-    """Dinh et al. (2017): pairs of affine couplings; for pixels two pairs of masks in turn."""
+    """Dinh et al. (2017): pairs of affine couplings; for pixels two pairs of masks in turn, and weights that decay by
+    0.006 a step, for without that 1,500 digits are learnt by heart."""
     df, d = discrete_flows, task.dims
-    repeats, rate = (3, 1e-3) if d == 2 else (2, 2e-3)
-    start, network = plain((128, 128), d, 2 * d, see=partial(waves, num=5))
+    features, repeats, rate = ((64, 64), 6, 5e-4) if d == 2 else ((128, 128), 2, 2e-3)
+    start, network = plain(features, d, 2 * d, see=partial(waves, num=5))
     entry = np.arange(d)
     masks = [entry % 2 == 0] if d == 2 else [(entry // 8 + entry) % 2 == 0, entry % 8 < 4]
     masks = [mask for one in masks for mask in (one, ~one)]
@@ -412,7 +413,7 @@ def realnvp(task: Task) -> Model:
 
     decode = partial(df.sample, flow)
     return Model(
-        **regression(task, init, loss, rate, 128, weight_decay=0.0 if d == 2 else 0.1),
+        **regression(task, init, loss, rate, 128, weight_decay=0.0 if d == 2 else 3.0),
         chunk=10,
         latent=d,
         samplers={"": Sampler(fixed(1, lambda params, key, z: decode(params, z)), decode)},

@@ -96,23 +96,58 @@ def test_round_trip_of_a_shift_and_of_a_scale():
     assert script.round_trip(task, None, None, jax.random.key(0), TINY) is None
 
 
+ARC = math.sin(math.pi / 2 / 49 / 2) ** 2  # steps of equal length that turn by h: (1 - cos h) / 2
+
+
 @pytest.mark.parametrize(
     ("draw", "expected"),
     [
-        (
-            lambda keys, z: z,
-            math.tan(math.pi / 2 / 49 / 2) ** 2,
-        ),  # an arc: chords of length 2 sin h and bends 2 - 2 cos h
-        (lambda keys, z: jnp.sign(z), 1.0),  # each jump: two bends, two moves
-        (lambda keys, z: jnp.sin(1e7 * z), 3.0),  # 6 variances over 2
-        (lambda keys, z: z + jax.vmap(jax.random.normal)(keys)[:, None], math.tan(math.pi / 2 / 49 / 2) ** 2),  # held
+        (lambda keys, z: z[:, :1] * jnp.asarray([[3.0, 4.0, 0.0]]), None),  # by the angle below
+        (lambda keys, z: jnp.sin(1e7 * z), 0.75),  # independent points: steps correlate by -1/2
+        (lambda keys, z: (jnp.arange(len(z)) % 2).astype(z.dtype)[:, None], 1.0),  # to and fro
+        (lambda keys, z: jnp.zeros_like(z), 0.0),
     ],
-    ids=["arc", "jumps", "noise", "held noise"],
+    ids=["circle", "noise", "to and fro", "still"],
 )
 def test_roughness(draw, expected):
-    found = script.roughness(lambda keys, z: (draw(keys, z), None), jax.random.key(0), 3, 60)
-    assert found["value"] == pytest.approx(expected, abs=4.5 * found["stderr"] + 1e-12)
-    assert found["stderr"] < 0.1 * expected
+    """Against closed form, |z| < 4.5; the circle seen from the side is c sin(angle + phase), whose ratio is known."""
+    found = script.roughness(lambda keys, z: (draw(keys, z), None), jax.random.key(0), 3, 100)
+    if expected is None:
+        ends = np.asarray(jax.random.normal(jax.random.split(jax.random.key(0))[0], (2, 100, 1, 3)), np.float64)[..., 0]
+        angle = np.linspace(0, math.pi / 2, script.POINTS)
+        middle = (angle[1:] + angle[:-1]) / 2  # a step is proportional to the slope there
+        slope = (ends[1] * np.cos(middle) - ends[0] * np.sin(middle)).reshape(100, -1)
+        beside, own = slope[:, 1:] * slope[:, :-1], slope[:, 1:] ** 2 + slope[:, :-1] ** 2
+        assert found["value"] == pytest.approx(np.mean(0.5 - beside.sum(1) / own.sum(1)), rel=1e-3)
+    else:
+        assert found["value"] == pytest.approx(expected, abs=4.5 * found["stderr"])
+    assert found["stderr"] < 0.02
+
+
+def test_roughness_of_an_arc_and_with_noise_that_is_held():
+    """In high dimension the ends are nearly orthogonal and as long: steps of equal length, which turn by h."""
+    for draw in (
+        lambda keys, z: z,
+        lambda keys, z: z + jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(keys),
+    ):
+        found = script.roughness(lambda keys, z, draw=draw: (draw(keys, z), None), jax.random.key(0), 4000, 20)
+        assert found["value"] == pytest.approx(ARC, rel=0.01)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2])
+def test_roughness_covers_where_jumps_are_rare(share):
+    """A path jumps once if its ends lie on two sides: 1/2 then, else 0. Of 400 intervals 95 per cent must cover, a
+    false alarm in 3e-6 on the side that is too few; that some are too wide is the price of rare jumps."""
+    rng = np.random.default_rng(0)
+    hits = []
+    for _ in range(400):
+        jumps = rng.random(50) < share
+        x = np.where(jumps[:, None] & (np.arange(script.POINTS) > 20), 1.0, 0.0).reshape(-1, 1)
+        x = np.concatenate([x, x])[: -(-len(x) // script.BATCH) * script.BATCH]
+        pages = iter(x.reshape(-1, script.BATCH, 1))
+        found = script.roughness(lambda keys, z: (next(pages), None), jax.random.key(0), 1, 50)  # noqa: B023
+        hits.append(abs(found["value"] - share / 2) < 1.96 * found["stderr"])
+    assert np.mean(hits) > 0.95 - 4.5 * math.sqrt(0.95 * 0.05 / 400)
 
 
 def test_interval_covers():
@@ -255,22 +290,84 @@ def test_every_cell_of_the_table_has_an_interval_or_a_reason(stand_ins, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("data", "rows"), [("gaussians", script.ROWS), ("digits", ("gan", "vae", "realnvp"))])
-def test_all_rows_are_trained_and_measured(tiny, tmp_path, data, rows):
+@pytest.mark.parametrize(("data", "rows"), [("gaussians", ("diffusion", "wgan_gp")), ("digits", ("vae", "realnvp"))])
+def test_rows_are_trained_and_measured(tiny, tmp_path, data, rows):
     """Each for a moment: every cell is finite, an encoder and a likelihood are where they should be."""
     run(tmp_path, data=(data,), rows=rows, seeds=1)
     table = json.loads((tmp_path / "metrics.json").read_text())["table"][data]
     assert len(table) == 1 + len(rows) + ("diffusion" in rows)  # the data; diffusion is drawn from in two ways
     none = {title: {column for column, found in cells.items() if found is None} for title, cells in table.items()}
-    adversarial = {"GAN, R1", "WGAN-GP", "denoising diffusion GAN"}
     for title in set(table) - {"the data themselves"}:
-        without = {"nll", "round_trip"} if title in adversarial else {"round_trip"} if "ancestral" in title else set()
+        without = {"nll", "round_trip"} if title == "WGAN-GP" else {"round_trip"} if "ancestral" in title else set()
         assert none[title] == without, title
-    assert {title for title, cells in table.items() if (cells["nll"] or {}).get("bound")} == {"VAE"}
-    evaluations = {title: cells["evaluations"]["value"] for title, cells in table.items() if cells["evaluations"]}
-    assert evaluations.get("denoising diffusion GAN", 4) == 4
-    assert evaluations.get("diffusion, DPM-Solver++ 2M", models.STEPS) == models.STEPS
-    assert table["RealNVP"]["round_trip"]["value"] < 1e-6
+    assert {title for title, cells in table.items() if (cells["nll"] or {}).get("bound")} == {"VAE"} & set(table)
+    if data == "gaussians":
+        assert table["diffusion, DPM-Solver++ 2M"]["evaluations"]["value"] == models.STEPS
+        assert table["diffusion, ancestral"]["evaluations"]["value"] == models.ANCESTRAL_STEPS
+    else:
+        assert table["RealNVP"]["round_trip"]["value"] < 1e-6
+
+
+# -------------------------------------------------------------------------------------------------- the real models
+
+
+def rotated_normal(dims):
+    """N(0, C) as a task, its C, and the KL divergence of N(0, I) from it: half of the variance along few directions
+    that no entry has alone."""
+    variances = np.r_[np.full(dims // 8, 6.0), np.full(dims - dims // 8, 2 / 7)] if dims > 2 else np.array([0.2, 1.8])
+    q = np.linalg.qr(np.random.default_rng(0).normal(size=(dims, dims)))[0]
+    covariance = (q * variances) @ q.T
+    root, inverse = (jnp.asarray(a, models.dtype()) for a in (q * np.sqrt(variances), np.linalg.inv(covariance)))
+    constant = np.log(variances).sum() + dims * math.log(2 * math.pi)
+    draw = lambda key, num: jax.random.normal(key, (num, dims)) @ root.T  # noqa: E731
+    nll = lambda log_p: (-jnp.mean(log_p), jnp.std(log_p, ddof=1) / math.sqrt(len(log_p)))  # noqa: E731
+    task = models.Task(
+        "normal", dims, (64, 64), draw, draw, lambda x: x, nll, lambda x: -0.5 * (x @ inverse @ x + constant)
+    )
+    return task, covariance, 0.5 * float(np.sum(variances - 1 - np.log(variances)))
+
+
+STEPS = {
+    "gan": 3000, "wgan_gp": 1500, "vae": 3000, "realnvp": 200, "cnf": 60, "flow_matching": 2000, "diffusion": 2000,
+    "diffusion_gan": 3000,
+}  # fmt: skip
+ADVERSARIAL = ("gan", "wgan_gp", "diffusion_gan")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dims", [2, 64])
+@pytest.mark.parametrize("row", script.ROWS)
+def test_each_model_learns_a_rotated_normal(row, dims):
+    """1,000 samples have its covariance to a quarter of what N(0, I) lacks, a half where a discriminator is the judge;
+    log p is not above the truth in the mean (4.5 standard errors, a false alarm in 3e-6), nor below it by more than a
+    quarter of the divergence of N(0, I)."""
+    task, covariance, divergence = rotated_normal(dims)
+    model = models.BUILDERS[row](task)
+    chunk, num = script.compiled(model), STEPS[row]
+    state = jax.jit(model.init)(jax.random.key(0))
+    for n in range(0, num, model.chunk):
+        state, _ = chunk(state, jax.random.key(1), jnp.int32(n), jnp.asarray(0.5 + 0.5 * math.cos(math.pi * n / num)))
+    params = model.params(state)
+    assert (model.log_prob is None) == (row in ADVERSARIAL)
+    assert model.bound == (row == "vae")
+
+    lacking = np.linalg.norm(np.eye(dims) - covariance)
+    fresh = np.linalg.norm(np.cov(np.asarray(task.batch(jax.random.key(2), 1000)).T) - covariance)
+    keys, z = jax.random.split(jax.random.key(3), 1000), jax.random.normal(jax.random.key(4), (1000, model.latent))
+    for sampler in model.samplers.values():
+        x, evaluations = jax.jit(jax.vmap(sampler.draw, (None, 0, 0)))(params, keys, z)
+        assert np.isfinite(x).all()
+        assert (evaluations >= 1).all()
+        assert np.linalg.norm(np.cov(np.asarray(x).T) - covariance) < fresh + lacking / (2 if row in ADVERSARIAL else 4)
+        if model.encode and sampler.decode and row != "vae":
+            trip = jax.jit(jax.vmap(lambda x, decode=sampler.decode: decode(params, model.encode(params, x))))
+            np.testing.assert_allclose(trip(x[:100]), x[:100], atol=0.15)
+    if model.log_prob:
+        x = task.test(jax.random.key(5), 256)
+        log_p, errors = jax.jit(jax.vmap(model.log_prob, (None, 0, 0)))(params, keys[:256], x)
+        gap = np.asarray(jax.vmap(task.best_nll)(x) - log_p)
+        slack = 4.5 * gap.std(ddof=1) / 16 + float(jnp.mean(errors))
+        assert -slack < gap.mean() < divergence / 4 + slack
 
 
 @pytest.mark.parametrize(

@@ -1042,7 +1042,7 @@ def draw_bridge(run: runs.Run, config: Config, x0: Array, ends: list[Array], pat
             scatter(above, lines[:, -1], COLOURS[0], 3)
             scatter(below, x0, "#bbbbbb")
             scatter(below, end, COLOURS[0])
-            above.set_title("ODE" if c == 0 else f"SDE, $g^2 = {c**2:g}\\,\\gamma$")
+            above.set_title("ODE" if c == 0 else f"SDE, $g^2 = {'' if c == 1 else f'{c**2:g}'}\\,\\gamma$")
         extent = 1.15 * float(max(np.abs(np.asarray(line)).max() for line in (x0, *paths)))
         for panel in panels:
             panel.set(xticks=(), yticks=(), xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")

@@ -313,7 +313,7 @@ def draw_plot(
     if ratios:
         axes[2].axvline(TARGET_TIME, color="tab:red")
         axes[2].invert_yaxis()
-        axes[2].legend(fontsize=8, loc="lower right")
+        axes[2].legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(ratios), frameon=False)
     axes[2].set_xlabel("time / (evaluations x time of one); red: target, black: quartiles")
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)

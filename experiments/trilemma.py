@@ -4,7 +4,7 @@
 
 trains each model on the same data for the same seconds of wall-clock time, compilation apart, on 25 narrow gaussians
 and on 8 x 8 digits, three times each, and writes to runs/trilemma/ the table of what came of it: table.md, table.png,
-metrics.json, and samples.png. 24 to 27 minutes on two CPU cores; --quick is a look at it in five. What is
+metrics.json, and samples.png. 24 minutes on two CPU cores; --quick is a look at it in five. What is
 measured is what models of 5,000 to 330,000 parameters learn in 25 seconds, not what their kinds can do at their best.
 
 The columns, and an interval of 95 per cent in every cell:

@@ -130,18 +130,18 @@ def dtype() -> Any:
 DECAY = 0.1  # of weights, times the rate, on digits: 1,500 examples are learnt by heart in the seconds that there are
 
 
-def adam(rate: float, *, b1: float = 0.9, b2: float = 0.99, clip: float = 1.0, weight_decay: float = 0.0) -> Any:
+def adam(rate: float, *, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0) -> Any:
     """Adam on clipped gradients, whose rate is part of its state, for ``at_rate`` to set."""
 
     def make(learning_rate: Any) -> Any:
         return optax.chain(
-            optax.clip_by_global_norm(clip), optax.adamw(learning_rate, b1, b2, weight_decay=weight_decay)
+            optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b1, b2, weight_decay=weight_decay)
         )
 
     return optax.inject_hyperparams(make)(learning_rate=rate)
 
 
-def muon(rate: float, *, clip: float = 1.0, weight_decay: float = 0.0) -> Any:
+def muon(rate: float) -> Any:
     """Muon (Jordan et al., 2024) on clipped gradients: the momentum of a kernel made orthogonal; NAdam for biases.
     Of kernels that are stacked, each is a matrix."""
 
@@ -153,10 +153,8 @@ def muon(rate: float, *, clip: float = 1.0, weight_decay: float = 0.0) -> Any:
         return jax.tree_util.tree_map_with_path(each, params)
 
     def make(learning_rate: Any) -> Any:
-        orthogonal = optax.contrib.muon(
-            learning_rate, weight_decay=weight_decay, adam_b2=0.99, muon_weight_dimension_numbers=matrices
-        )
-        return optax.chain(optax.clip_by_global_norm(clip), orthogonal)
+        orthogonal = optax.contrib.muon(learning_rate, adam_b2=0.99, muon_weight_dimension_numbers=matrices)
+        return optax.chain(optax.clip_by_global_norm(1.0), orthogonal)
 
     return optax.inject_hyperparams(make)(learning_rate=rate)
 

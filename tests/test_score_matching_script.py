@@ -53,7 +53,7 @@ def test_the_true_score_is_told_from_that_of_noisy_data():
     assert noisy["fisher_from_noisy_score"] < 1e-25
     assert noisy["fisher"] == pytest.approx(noisy["bias_of_sigma"], rel=1e-10)
     assert abs(noisy["bias_of_sigma"] - exact) < 4 * noisy["bias_of_sigma_stderr"] < 0.1 * exact
-    assert found["explicit"] == {"fisher": 0, "fisher_stderr": 0}
+    assert 0 <= found["explicit"]["fisher"] < 1e-25
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ compiled once, the smallest too, of which a test has a hundred. It is empty at f
 XLA compiles with little effort, unless ``XLA_FLAGS`` says otherwise, for most programs here run once: few
 optimisations, one piece rather than many for threads that the other worker needs, and where it can (jaxlib 0.10) the
 older of its code generators, which takes two thirds of the newer one's time. It still shows the mistakes of jax 0.10.2
-that tests/test_guard.py is about.
+that tests/test_guard.py is about. And it compiles for memory rather than for concurrency: on several cores a program
+that jaxlib 0.10 compiles for concurrency can stall for ever, with no thread at work ("Known limits" in README.md).
 """
 
 import atexit
@@ -24,6 +25,7 @@ if CACHE not in os.environ:
 SECONDS = float(os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0"))
 
 FLAGS = "--xla_backend_optimization_level=1 --xla_cpu_parallel_codegen_split_count=1"
+FLAGS += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # others do not know it, and abort
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
